@@ -1,0 +1,249 @@
+"""The method: training steps and generation against a straightforward reference, and where the time goes.
+
+    python -m benchmarks.run model
+
+Each pair runs interleaved in this process and reports the median; on CPU it is CPU time, which other work on the machine
+disturbs least. The reference (benchmarks/reference_model.py) has the same weights and gives the same numbers: checked.
+"""
+
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from benchmarks import reference_model as reference
+from fluid_core.config import ModelConfig
+from fluid_core.generation.engine import GenerationRequest, decode_step, start_batch
+from fluid_core.model.draws import draw_training
+from fluid_core.model.fluid import FluidModel
+from fluid_core.model.orders import unmask_counts
+from fluid_core.random import normal, sample_keys
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A geometry and how much of it is measured. `steps_run` of `num_steps` autoregressive steps are timed."""
+
+    name: str
+    settings: dict[str, Any]
+    caption_tokens: tuple[int, int]
+    batch: int
+    images: int
+    num_steps: int
+    steps_run: int
+    head_steps: int
+    repeats: int
+
+
+CASES = (
+    Case("fluid-tiny", {"grid": 4, "text_width": 128, "max_text_tokens": 32}, (4, 12), 64, 32, 12, 12, 16, 3),
+    Case("fluid-166m", {"text_width": 1024}, (8, 40), 2, 1, 64, 3, 25, 2),
+)
+
+
+def rows() -> list[Row]:
+    """Rows for the harness; the targets are the issue's."""
+    result = []
+    for case in CASES:
+        for precision in ("fp32", "bf16"):
+            result.append(_training(case, precision))
+            result.append(_generation(case, precision))
+    result += _parts(CASES[0])
+    result += [_attention(tokens, precision) for tokens in (16, 64, 256) for precision in ("fp32", "bf16")]
+    return result
+
+
+def _model(case: Case, precision: str) -> FluidModel:
+    torch.manual_seed(0)
+    model = FluidModel(ModelConfig(preset=case.name, objective="flow", head_precision=precision, **case.settings))
+    for name, parameter in model.named_parameters():  # an untrained head is all zeros: give it something to compute
+        if name.startswith("head.") and not bool(parameter.any()):
+            torch.nn.init.normal_(parameter, std=0.02)
+    return model
+
+
+def _captions(case: Case, count: int) -> list[torch.Tensor]:
+    low, high = case.caption_tokens
+    width = case.settings["text_width"]
+    return [torch.randn(low + i * (high - low) // max(1, count - 1), width) for i in range(count)]
+
+
+def _padded(states: list[torch.Tensor], length: int) -> tuple[torch.Tensor, torch.Tensor]:
+    text, mask = torch.zeros(len(states), length, states[0].shape[1]), torch.zeros(len(states), length, dtype=torch.bool)
+    for i, state in enumerate(states):
+        text[i, : len(state)], mask[i, : len(state)] = state, True
+    return text, mask
+
+
+def _training(case: Case, precision: str) -> Row:
+    """Forward and backward of one batch; the reference pads captions to the text limit, ours to the batch's longest."""
+    model = _model(case, precision)
+    config, N = model.config, model.config.num_tokens
+    captions, null = _captions(case, case.batch), torch.randn(1, config.text_width)
+    short = -(-max(len(c) for c in captions) // 8) * 8
+    ours_text, reference_text = _padded(captions, short), _padded(captions, config.max_text_tokens)
+    tokens = torch.randn(case.batch, N, config.token_channels)
+    keys = sample_keys(0, torch.arange(case.batch))
+    draws = draw_training(config, keys, N)
+    rows_BN = draw_training(config.model_copy(update={"order": "raster"}), keys, N)  # the same draws for every token
+    losses: dict[str, float] = {}
+
+    def ours() -> None:
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+            out = model(tokens, *ours_text, null, draws)
+        _backward(model, out.loss_sum / out.count, losses, "ours")
+
+    def plain() -> None:
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+            loss = reference.training_loss(model, tokens, *reference_text, null, draws, rows_BN.times_RK, rows_BN.noise_RKC)
+        _backward(model, loss, losses, "reference")
+
+    fast, slow = _interleaved(ours, plain, case.repeats)
+    tolerance = 1e-3 if precision == "fp32" else 3e-2
+    assert abs(losses["ours"] / losses["reference"] - 1) < tolerance, losses
+    return _row(f"training step, {case.name}, {precision}, batch {case.batch}", fast, slow, "s", 1.5)
+
+
+def _backward(model: FluidModel, loss: torch.Tensor, losses: dict[str, float], name: str) -> None:
+    loss.backward()
+    losses[name] = loss.item()
+    for parameter in model.parameters():
+        parameter.grad = None
+
+
+def _generation(case: Case, precision: str) -> Row:
+    """Prompt states to tokens, without the image tokenizer."""
+    model = _model(case, precision).eval()
+    if precision == "bf16":
+        model.to(torch.bfloat16)
+    config, N = model.config, model.config.num_tokens
+    captions, null = _captions(case, case.images), torch.randn(1, config.text_width)
+    requests = [
+        GenerationRequest(text, null, i, case.num_steps, case.head_steps, 3.0, "constant", 1.0, "euler", (config.grid,) * 2)
+        for i, text in enumerate(captions)
+    ]
+    counts = unmask_counts(N, case.num_steps)[: case.steps_run]
+    slots = start_batch(model, requests)
+    orders, noise = torch.stack([slot.order_N for slot in slots]), torch.stack([slot.noise_NC for slot in slots])
+    results: dict[str, torch.Tensor] = {}
+
+    def ours() -> None:
+        slots = start_batch(model, requests)
+        for _ in counts:
+            decode_step(model, slots)
+        results["ours"] = torch.stack([slot.tokens_NC for slot in slots])
+
+    def plain() -> None:
+        results["reference"] = reference.generate(model, captions, null, orders, noise, counts, case.head_steps, 3.0, "euler")
+
+    fast, slow = _interleaved(ours, plain, case.repeats)
+    if precision == "fp32":
+        assert torch.allclose(results["ours"], results["reference"], atol=1e-3)
+    what = f"{case.steps_run} of {case.num_steps} x {case.head_steps} steps, {case.images} image{'s' * (case.images > 1)}"
+    return _row(f"generation, {case.name}, {precision}, {what}", fast, slow, "s", 3.0)
+
+
+def _parts(case: Case) -> list[Row]:
+    """Where a training step's CPU time goes (forward and backward of each part by itself)."""
+    result = []
+    for precision in ("fp32", "bf16"):
+        model = _model(case, precision)
+        config, N = model.config, model.config.num_tokens
+        captions = _captions(case, case.batch)
+        text, mask = _padded(captions, -(-max(len(c) for c in captions) // 8) * 8)
+        keys = sample_keys(0, torch.arange(case.batch))
+        draws = draw_training(config, keys, N)
+        tokens = torch.randn(case.batch, N, config.token_channels)
+        aligned = torch.randn(*text.shape[:2], config.width)
+        z = torch.randn(len(draws.rows_K), config.width, requires_grad=True)
+
+        def trunk(model=model, tokens=tokens, draws=draws, aligned=aligned, config=config) -> torch.Tensor:
+            return model.trunk(tokens, draws.mask_BN, (config.grid,) * 2, model.trunk.text_keys_values(aligned), None).sum()
+
+        def text_part(model=model, text=text, mask=mask) -> torch.Tensor:
+            return model.aligner(text, mask).sum()
+
+        def head(model=model, draws=draws, z=z) -> torch.Tensor:
+            return model.head(draws.noise_RKC, draws.times_RK * 1000, model.head.embed_condition(z)).sum()
+
+        parts: dict[str, Callable[[], torch.Tensor]] = {"trunk": trunk, "text aligner": text_part, "head": head}
+        for name, part in parts.items():
+
+            def run(part: Callable[[], torch.Tensor] = part, precision: str = precision) -> None:
+                with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+                    out = part()
+                out.float().backward()
+
+            seconds = statistics.median(_seconds(run) for _ in range(case.repeats))
+            result.append(_row(f"part: {name}, {case.name}, {precision}, batch {case.batch}", 1000 * seconds, None, "ms", None))
+    draw = statistics.median(_seconds(lambda: draw_training(config, keys, N)) for _ in range(case.repeats))
+    result.append(_row(f"part: random draws, {case.name}, batch {case.batch}", 1000 * draw, None, "ms", None))
+    return [*result, _vae_row(case)]
+
+
+def _attention(tokens: int, precision: str) -> Row:
+    """Self-attention's forward and backward by plain matmuls (ours) and by the fused kernel, 4 heads of 64, 4096 tokens
+    in all: what `attend` in fluid_core/model/layers.py chooses by."""
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    qkv = [torch.randn(4096 // tokens, 4, tokens, 64, dtype=dtype, requires_grad=True) for _ in range(3)]
+
+    def plain() -> None:
+        q, k, v = qkv
+        torch.matmul((torch.matmul(q / 8.0, k.transpose(-1, -2))).softmax(-1), v).sum().backward()
+
+    def fused() -> None:
+        F.scaled_dot_product_attention(*qkv).sum().backward()
+
+    ours, reference = _interleaved(plain, fused, 7)
+    return _row(f"attention, {tokens} tokens, {precision}: matmuls against fused", 1000 * ours, 1000 * reference, "ms", None)
+
+
+def _vae_row(case: Case) -> Row:
+    from diffusers import AutoencoderKL
+
+    from fluid_core.encoders.image import ImageTokenizer
+
+    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
+    widths = {"in_channels": 48, "out_channels": 48, "block_out_channels": (64, 128), "latent_channels": 4}
+    vae = ImageTokenizer(AutoencoderKL(**widths, **blocks), "kl")
+    latents = normal(sample_keys(0, torch.arange(8)), 0, (4, 8, 8))
+    seconds = statistics.median(_seconds(lambda: vae.decode(latents)) for _ in range(3))
+    return _row("part: VAE decode, demo tokenizer, fp32, one image", 1000 * seconds / 8, None, "ms", None)
+
+
+def _row(name: str, ours: float, slow: float | None, unit: str, target: float | None) -> Row:
+    ratio = None if slow is None else round(slow / ours, 2)
+    plain = None if slow is None else round(slow, 4)
+    return {"name": name, "ours": round(ours, 4), "reference": plain, "ratio": ratio, "unit": unit, "target": target}
+
+
+def _interleaved(ours: Callable[[], None], plain: Callable[[], None], repeats: int) -> tuple[float, float]:
+    with _one_thread():
+        ours(), plain()
+        pairs = [(_seconds(ours), _seconds(plain)) for _ in range(repeats)]
+    return statistics.median(a for a, _ in pairs), statistics.median(b for _, b in pairs)
+
+
+def _seconds(run: Callable[[], Any]) -> float:
+    with _one_thread():
+        start = time.process_time()
+        run()
+        return time.process_time() - start
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    # CPU time of several threads counts their waiting for each other.
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)

@@ -1,0 +1,114 @@
+"""Serving: HTTP images a second against the offline FluidPipeline at the same batch size, and the latency that HTTP adds.
+
+    python -m benchmarks.run serve
+
+The demo's model, encoders and sampler with random weights, one thread a process. Rounds of both sides alternate; medians.
+"""
+
+import statistics
+import tempfile
+import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import torch
+import yaml
+
+from fluid_core.config import ImageTokenizerConfig, Recipe, StandInT5Config, TokenizerTrainingConfig, load_recipe
+from fluid_core.encoders.autoencoder import build_tokenizer
+from fluid_core.encoders.image import ImageTokenizer
+from fluid_core.encoders.stand_in import create_stand_in_t5
+from fluid_core.encoders.text import TextEncoder
+from fluid_core.entry import ray_session
+from fluid_core.generation.pipeline import FluidPipeline
+from fluid_core.model.fluid import FluidModel
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+BATCH = 16
+ROUNDS = 3
+ALONE = 15
+PROMPTS = [
+    f"a {colour} {shape}" for colour in ("red", "green", "blue", "white") for shape in ("circle", "square", "star", "heart")
+]
+Row = dict[str, Any]
+
+
+def rows() -> list[Row]:
+    """Measurements for `make bench`: dicts of name, ours, reference, ratio, unit, target."""
+    from fluid_core.serving.app import serving
+
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory(prefix="fluid-bench-") as folder, ray_session(num_cpus=4):
+        recipe = _recipe(Path(folder))
+        pipeline = FluidPipeline.from_pretrained(recipe.serving.model or "")
+        with serving(recipe) as (url, _), httpx.Client(timeout=600, limits=httpx.Limits(max_connections=4 * BATCH)) as client:
+            return [*_throughput(pipeline, url, client), *_latency(pipeline, url, client)]
+
+
+def _throughput(pipeline: FluidPipeline, url: str, client: httpx.Client) -> list[Row]:
+    """Saturation: more requests waiting than there are places in the batch. Filling and emptying the server is not counted."""
+    prompts = [PROMPTS[i % len(PROMPTS)] for i in range(6 * BATCH)]
+    served, offline = [], []
+    with ThreadPoolExecutor(3 * BATCH) as pool:
+        for round_ in range(ROUNDS + 1):
+            started = time.monotonic()
+            pipeline(prompts[: 3 * BATCH], seed=round_ * 1000, batch_size=BATCH)
+            offline.append(3 * BATCH / (time.monotonic() - started))
+            bodies = [{"prompt": prompt, "seed": round_ * 1000 + i} for i, prompt in enumerate(prompts)]
+            ends = sorted(pool.map(lambda body: _ask(client, url, body), bodies))
+            served.append(3 * BATCH / (ends[4 * BATCH] - ends[BATCH]))
+    ours, reference = statistics.median(served[1:]), statistics.median(offline[1:])
+    return [_row(f"serving throughput, batch {BATCH}", ours, reference, ours / reference, "images/s", ">= 0.95 x offline")]
+
+
+def _latency(pipeline: FluidPipeline, url: str, client: httpx.Client) -> list[Row]:
+    """One request at a time. The ratio is left out: what counts is the difference."""
+    served, offline = [], []
+    for i in range(ALONE + 3):
+        prompt = PROMPTS[i % len(PROMPTS)]
+        started = time.monotonic()
+        pipeline([prompt], seed=i)
+        offline.append(time.monotonic() - started)
+        started = time.monotonic()
+        _ask(client, url, {"prompt": prompt, "seed": i})
+        served.append(time.monotonic() - started)
+    ours, reference = (1000 * statistics.median(times[3:]) for times in (served, offline))
+    added = _row("serving latency added, batch 1, p50", ours - reference, 0.0, None, "ms", "< 30 ms")
+    return [_row("serving latency, batch 1, p50", ours, reference, ours / reference, "ms", ""), added]
+
+
+def _ask(client: httpx.Client, url: str, body: dict[str, Any]) -> float:
+    """One request; the time at which its answer was there."""
+    answer = client.post(f"{url}/v1/images/generations", json=body)
+    assert answer.status_code == 200, answer.text
+    return time.monotonic()
+
+
+def _row(name: str, ours: float, reference: float, ratio: float | None, unit: str, target: str) -> Row:
+    return {"name": name, "ours": ours, "reference": reference, "ratio": ratio, "unit": unit, "target": target}
+
+
+def _recipe(folder: Path) -> Recipe:
+    """The demo's recipe with a bundle of random weights to serve."""
+    values = yaml.safe_load((REPOSITORY / "configs/demo.yaml").read_text())
+    values["runs_dir"] = str(folder / "runs")
+    values["serving"] = {
+        "port": 0, "model": str(folder / "bundle"), "max_batch_size": BATCH, "max_queued": 8 * BATCH, "cpus_per_replica": 1,
+    }  # fmt: skip
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(values))
+    recipe = load_recipe(folder / "recipe.yaml")
+    torch.manual_seed(0)
+    train = TokenizerTrainingConfig(**(values["image_tokenizer"].get("train") or {}))
+    model = build_tokenizer(ImageTokenizerConfig(path="unused", kind="kl", train=train), recipe.data.image_size)
+    create = recipe.text_encoder.create or StandInT5Config()
+    create_stand_in_t5(Counter(" ".join(PROMPTS).split()), create, folder / "t5", 0)
+    text = TextEncoder.from_pretrained(folder / "t5", max_tokens=recipe.text_encoder.max_tokens, dtype="fp32")
+    channels = recipe.model.latent_channels
+    pipeline = FluidPipeline(
+        FluidModel(recipe.model), ImageTokenizer(model, "kl"), text, recipe.generation, [0.0] * channels, [1.0] * channels
+    )
+    pipeline.save_pretrained(folder / "bundle")
+    return recipe

@@ -1,0 +1,54 @@
+"""`training`: the optimiser, the schedule, ZeRO, checkpoints."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from fluid_core.config.base import Section
+
+
+class MixtureItem(Section):
+    path: str = Field(description="an encoded data set")
+    source: str | None = Field(None, description="only the shards that came from this entry of data.sources (a glob)")
+    weight: float = Field(1.0, gt=0)
+
+
+class TrainingConfig(Section):
+    run_name: str | None = Field(None, description="default: the recipe's name; output goes to <runs_dir>/<run_name>")
+    datasets: list[MixtureItem] = Field([], description="default: encode.output")
+    max_steps: int = Field(1_000_000, gt=0)
+    batch_size: int = Field(2048, gt=0, description="global, in images")
+    micro_batch_size: int | None = Field(None, gt=0, description="per worker; default: batch_size / workers")
+    workers: int = Field(2, gt=0)
+    gpus_per_worker: float = Field(0, ge=0)
+    zero_stage: Literal[0, 1, 2, 3] = 3
+    offload_optimizer: bool = False
+    activation_checkpointing: bool = False
+    precision: Literal["bf16", "fp32"] = "bf16"
+
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    learning_rate: float = Field(1e-4, gt=0)
+    muon_learning_rate: float = Field(3e-3, gt=0, description="optimizer: muon, hidden matrices")
+    muon_iterations: int = Field(4, gt=0, description="Newton-Schulz iterations")
+    betas: tuple[float, float] = (0.9, 0.95)
+    weight_decay: float = Field(0.02, ge=0)
+    gradient_clip: float = Field(1.0, gt=0)
+    schedule: Literal["constant", "cosine", "linear_decay"] = "constant"
+    warmup_steps: int = Field(65_000, ge=0)
+    decay_fraction: float = Field(0.3, ge=0, le=1, description="schedule: linear_decay, share of the steps that decay")
+    ema_decay: float = Field(0.9999, ge=0, lt=1)
+
+    shuffle_window: int = Field(65_536, gt=0, description="rows shuffled together")
+    checkpoint_every: int = Field(2000, gt=0)
+    keep_last: int = Field(3, gt=0)
+    keep_every: int | None = Field(None, gt=0)
+    checkpoint_path: str | None = Field(None, description="local folder or s3://; default: under the run's folder")
+    log_every: int = Field(10, gt=0)
+    validate_every: int = Field(1000, gt=0)
+    validation_samples: int = Field(256, gt=0)
+    sample_every: int = Field(1000, gt=0)
+    sample_prompts: list[str] = []
+    max_failures: int = Field(3, ge=-1, description="worker restarts before the run is given up; -1: never give up")
+    spike_factor: float = Field(10.0, gt=1, description="a gradient norm this many times its running mean is a strike")
+    max_strikes: int = Field(3, gt=0, description="steps skipped in a row before rolling back and skipping the window")
+    watchdog_seconds: float = Field(900.0, gt=0, description="a step that takes longer is taken for a hang")

@@ -1,0 +1,1 @@
+"""Source shards: making them, reading them, their integrity, their captions."""

@@ -1,0 +1,264 @@
+"""The plan: every input shard once, in a fixed order, with an id that depends on its content alone.
+
+    plan = make_plan(["2::s3://bucket/laion/*.tar", "1::/data/own"])
+
+`plan.parquet` in the output lists them. A shard whose bytes occur a second time under another name is refused: it is listed
+with `duplicate_of` and not read.
+"""
+
+import fnmatch
+import hashlib
+import os
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import PurePosixPath
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from fluid_core.data.samples import IMAGE_EXTENSIONS
+from fluid_core.data.storage import Storage, StoredObject, open_storage
+from fluid_core.data.tar import Member, index_tar
+
+BYTES_PER_SAMPLE_AT_LEAST = 4096
+
+
+@dataclass(frozen=True)
+class PlannedShard:
+    """One unit of work, one output shard."""
+
+    id: str
+    uri: str
+    root: str
+    name: str
+    format: str
+    """tar, parquet or files"""
+    size: int
+    version: str
+    etag: str
+    """sha256 of a local file, the ETag of an S3 object: the same for the same bytes."""
+    source: str
+    weight: float
+    start: int = 0
+    stop: int = -1
+    """Part of a giant shard: byte range of a tar, rows of a Parquet file; -1 means to the end."""
+    duplicate_of: str = ""
+
+
+_TYPES = {"size": pa.int64(), "start": pa.int64(), "stop": pa.int64(), "weight": pa.float64()}
+PLAN_SCHEMA = pa.schema([(column.name, _TYPES.get(column.name, pa.string())) for column in fields(PlannedShard)])
+
+
+def make_plan(
+    sources: Sequence[str],
+    max_shard_samples: int = 1 << 62,
+    known: Iterable[PlannedShard] = (),
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> list[PlannedShard]:
+    """List the sources, hash what must be hashed, mix by weight, cut giant shards.
+
+    Args:
+        sources: `[WEIGHT::]path`: a file, a glob or a folder, local or s3://.
+        max_shard_samples: a shard with more samples is cut into several outputs (counted only where the size allows it).
+        known: an earlier plan of the same output; files with unchanged size and version are not hashed again.
+        progress: called with (bytes hashed, bytes to hash).
+
+    Raises:
+        ValueError: a source that does not exist, matches nothing, or has a wrong weight.
+    """
+    if not sources:
+        raise ValueError("no sources: name folders, tars or Parquet files under data.sources")
+    listed = [_list_source(source) for source in sources]
+    _hash_local([shard for _, shards in listed for shard in shards], known, progress, listed)
+    ordered = _interleave(listed)
+    planned: list[PlannedShard] = []
+    first_with: dict[str, str] = {}
+    for shard in ordered:
+        identity = f"{shard.format}:{shard.etag}:{shard.size}"
+        shard = replace(shard, id=hashlib.sha256(identity.encode()).hexdigest()[:16], duplicate_of=first_with.get(identity, ""))
+        first_with.setdefault(identity, shard.uri)
+        planned.extend([shard] if shard.duplicate_of else split_giant(shard, max_shard_samples))
+    return planned
+
+
+def parse_source(source: str) -> tuple[float, str]:
+    """`2::s3://bucket/x` -> (2.0, "s3://bucket/x")."""
+    weight_text, separator, path = source.rpartition("::")
+    if not separator:
+        return 1.0, source
+    try:
+        weight = float(weight_text)
+    except ValueError:
+        weight = 0.0
+    if not weight > 0:
+        raise ValueError(f"source {source!r}: the weight before :: must be a positive number, as in 2::{path}")
+    return weight, path
+
+
+def _list_source(source: str) -> tuple[float, list[PlannedShard]]:
+    weight, path = parse_source(source)
+    root, pattern = _split_pattern(path)
+    storage = open_storage(root)
+    if pattern is None:  # one file, or a folder
+        single = _single_file(path)
+        if single is not None:
+            storage, objects = single
+        else:
+            objects = list(storage.list())
+            if not objects:
+                raise ValueError(
+                    f"source {path} does not exist or is empty; data.sources takes tars, Parquet files, folders or globs"
+                )
+    else:
+        prefix = pattern.split("*")[0].split("?")[0].split("[")[0].rpartition("/")[0]
+        objects = [o for o in storage.list(prefix) if fnmatch.fnmatchcase(o.name, pattern)]
+    shards = _shards_of(storage, objects, path, weight)
+    if not shards:
+        raise ValueError(f"source {path} matches no tar, no Parquet file and no folder of images; check data.sources")
+    return weight, shards
+
+
+def _split_pattern(path: str) -> tuple[str, str | None]:
+    """(folder without wildcards, pattern below it or None)."""
+    parts = path.rstrip("/").split("/")
+    for i, part in enumerate(parts):
+        if any(c in part for c in "*?["):
+            return "/".join(parts[:i]) or ("/" if path.startswith("/") else "."), "/".join(parts[i:])
+    return path, None
+
+
+def _single_file(path: str) -> tuple[Storage, list[StoredObject]] | None:
+    if not path.endswith((".tar", ".parquet")):
+        return None
+    folder, _, name = path.rpartition("/")
+    storage = open_storage(folder or ("/" if path.startswith("/") else "."))
+    if "://" not in path:
+        if os.path.isdir(path):
+            return None
+        if not os.path.isfile(path):
+            raise ValueError(f"source {path} does not exist; data.sources takes tars, Parquet files, folders or globs")
+        stat = os.stat(path)
+        return storage, [StoredObject(name, stat.st_size, str(stat.st_mtime_ns))]
+    objects = [o for o in storage.list(name) if o.name == name]
+    return (storage, objects) if objects else None
+
+
+def _shards_of(storage: Storage, objects: list[StoredObject], source: str, weight: float) -> list[PlannedShard]:
+    """Tars are shards; Parquet files are, unless they are the index beside a tar or beside a folder of files; images in
+    folders make one shard a folder."""
+
+    def shard(name: str, kind: str, size: int, version: str, etag: str = "") -> PlannedShard:
+        uri = storage.uri(name)
+        return PlannedShard("", uri, storage.root, name, kind, size, version, etag, source, weight)
+
+    tars = {o.name for o in objects if o.name.endswith(".tar")}
+    folders: dict[str, list[StoredObject]] = {}
+    for o in objects:
+        if o.name.rpartition(".")[2].lower() in IMAGE_EXTENSIONS or o.name.endswith((".txt", ".json")):
+            folders.setdefault(str(PurePosixPath(o.name).parent), []).append(o)
+    folders = {
+        name: items
+        for name, items in folders.items()
+        if any(o.name.rpartition(".")[2].lower() in IMAGE_EXTENSIONS for o in items)
+    }
+    found = [shard(o.name, "tar", o.size, o.version) for o in objects if o.name.endswith(".tar")]
+    for o in objects:
+        stem = o.name.removesuffix(".parquet")
+        if o.name.endswith(".parquet") and f"{stem}.tar" not in tars and stem not in folders:
+            found.append(shard(o.name, "parquet", o.size, o.version))
+    if not found:
+        for name, items in sorted(folders.items()):
+            listing = "\n".join(f"{o.name} {o.size} {o.version if '://' in storage.root else ''}" for o in items)
+            etag = hashlib.sha256(listing.encode()).hexdigest()
+            found.append(shard(name, "files", sum(o.size for o in items), etag, etag))
+    if "://" in storage.root:
+        found = [s if s.etag else replace(s, etag=s.version) for s in found]
+    return sorted(found, key=lambda s: s.name)
+
+
+def _hash_local(
+    shards: list[PlannedShard],
+    known: Iterable[PlannedShard],
+    progress: Callable[[int, int], None],
+    listed: list[tuple[float, list[PlannedShard]]],
+) -> None:
+    """Fill in the etags of local files, in place: duplicates are told by content, and ids do not depend on where data lies."""
+    before = {(shard.uri, shard.size, shard.version): shard.etag for shard in known}
+    missing = sorted(
+        {s.uri: s for s in shards if not s.etag and (s.uri, s.size, s.version) not in before}.values(), key=lambda s: s.uri
+    )
+    total, done = sum(s.size for s in missing), 0
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        for shard, digest in zip(missing, pool.map(lambda s: _file_sha256(s.uri), missing), strict=True):
+            before[(shard.uri, shard.size, shard.version)] = digest
+            done += shard.size
+            progress(done, total)
+    for _, of_source in listed:
+        of_source[:] = [s if s.etag else replace(s, etag=before[(s.uri, s.size, s.version)]) for s in of_source]
+
+
+def _file_sha256(path: str) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _interleave(listed: list[tuple[float, list[PlannedShard]]]) -> list[PlannedShard]:
+    """Any prefix of the plan holds the sources in proportion to their weights (as far as they reach)."""
+    keyed = [((i + 0.5) / weight, s, shard) for s, (weight, shards) in enumerate(listed) for i, shard in enumerate(shards)]
+    return [shard for _, _, shard in sorted(keyed, key=lambda item: item[:2])]
+
+
+def split_giant(shard: PlannedShard, max_samples: int) -> list[PlannedShard]:
+    """Parts of at most about `max_samples` samples, cut where a new key begins. Archives with interleaved keys stay whole.
+
+    Only shards of at least 4 KiB a sample are opened; S3 tars are never (reading their index means fetching them whole).
+    """
+    if shard.size < max_samples * BYTES_PER_SAMPLE_AT_LEAST or "://" in shard.root or shard.format == "files":
+        return [shard]
+    if shard.format == "parquet":
+        rows = pq.ParquetFile(shard.uri).metadata.num_rows
+        bounds = list(range(0, rows, max_samples))
+    else:
+        descriptor = os.open(shard.uri, os.O_RDONLY)
+        try:
+            bounds = _tar_bounds(index_tar(descriptor).members, max_samples)
+        finally:
+            os.close(descriptor)
+    if len(bounds) < 2:
+        return [shard]
+    bounds[0] = 0
+    stops = [*bounds[1:], -1]
+    return [
+        replace(shard, id=f"{shard.id}-{part:04d}", start=start, stop=stop)
+        for part, (start, stop) in enumerate(zip(bounds, stops, strict=True))
+    ]
+
+
+def _tar_bounds(members: list[Member], max_samples: int) -> list[int]:
+    """Header offsets at which parts begin; empty when a key's members do not lie together."""
+    starts: list[int] = []
+    seen: set[str] = set()
+    current: str | None = None
+    for member in members:
+        folder, _, base = member.name.rpartition("/")
+        key = f"{folder}/{base.partition('.')[0]}"  # the first dot: captions KEY.NAME.txt stay with their image
+        if key == current:
+            continue
+        if key in seen:
+            return []
+        seen.add(key)
+        if (len(seen) - 1) % max_samples == 0:
+            starts.append(member.start)
+        current = key
+    return starts
+
+
+def plan_table(plan: Sequence[PlannedShard]) -> pa.Table:
+    rows = [asdict(shard) for shard in plan]
+    return pa.Table.from_pylist(rows, schema=PLAN_SCHEMA)
+
+
+def read_plan(data: bytes) -> list[PlannedShard]:
+    """The inverse of writing `plan_table`."""
+    return [PlannedShard(**row) for row in pq.read_table(pa.BufferReader(data)).to_pylist()]

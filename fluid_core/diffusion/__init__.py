@@ -1,0 +1,1 @@
+"""Noise schedules, training objectives and solvers for one token's distribution: pure functions of tensors."""

@@ -1,0 +1,118 @@
+"""What every pipeline script shares: its command line, one-line errors, and the Ray session it runs in.
+
+def main(recipe: Recipe, args: argparse.Namespace) -> None: ...
+
+if __name__ == "__main__":
+    run_pipeline(main, __doc__)
+"""
+
+import argparse
+import logging
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from fluid_core.config import Recipe, load_recipe
+
+ProgramError = (ValueError, FileNotFoundError, PermissionError, ConnectionError)
+"""What a user can mend. Anything else is a defect of ours and keeps its traceback."""
+
+
+def pipeline_parser(doc: str | None, stages: Sequence[str] | None = None) -> argparse.ArgumentParser:
+    """The arguments that every pipeline takes; with `stages` (the workflow) `--force` wants the name of one of them."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", required=True, help="the recipe, for example configs/demo.yaml")
+    parser.add_argument(
+        "--set",
+        dest="overrides",
+        action="extend",
+        nargs="+",
+        default=[],
+        metavar="section.key=value",
+        help="overrides: one or several, and it may repeat",
+    )
+    parser.add_argument("--print-config", action="store_true", help="print the resolved recipe and stop")
+    if stages:
+        parser.add_argument(
+            "--force", choices=stages, metavar="STAGE", help=f"run again from this stage on: {', '.join(stages)}"
+        )
+    else:
+        parser.add_argument("--force", action="store_true", help="do the work again even when its output is complete")
+    return parser
+
+
+def run_pipeline(
+    main: Callable[[Recipe, argparse.Namespace], int | None],
+    doc: str | None,
+    add_arguments: Callable[[argparse.ArgumentParser], None] | None = None,
+    argv: list[str] | None = None,
+    stages: Sequence[str] | None = None,
+) -> None:
+    """Parse, load the recipe, run `main(recipe, args)`, and exit: 0 done, 1 failed, 2 bad input, 130 interrupted."""
+    parser = pipeline_parser(doc, stages)
+    if add_arguments:
+        add_arguments(parser)
+    args = parser.parse_args(argv)
+    try:
+        recipe = load_recipe(args.config, args.overrides)
+        if args.print_config:
+            print(yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False), end="")
+            sys.exit(0)
+        sys.exit(main(recipe, args) or 0)
+    except ProgramError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted; run the same command again to go on", file=sys.stderr)
+        sys.exit(130)
+
+
+def _start_local_ray(**options: Any) -> None:
+    """`ray.init`, again when the machine was too busy for the 30 s that Ray gives its own processes to start."""
+    import ray
+
+    for attempt in range(3):
+        try:
+            ray.init(address="local", **options)
+            return
+        except Exception as error:
+            if attempt == 2 or "timed out during startup" not in str(error):
+                raise
+            ray.shutdown()
+
+
+@contextmanager
+def ray_session(num_cpus: int | None = None, log_dir: str | Path | None = None) -> Iterator[None]:
+    """Ray for the duration of a block.
+
+    Inside `ray job submit` or the workflow (`RAY_ADDRESS` is set) it joins that cluster; when this process is connected
+    already it does nothing; otherwise it starts a private local Ray in a temp folder of its own, so that a cluster that
+    the user runs on this machine is never touched.
+    """
+    import ray
+
+    if ray.is_initialized():
+        yield
+        return
+    os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    if os.environ.get("RAY_ADDRESS"):
+        ray.init(address=os.environ["RAY_ADDRESS"], **quiet)
+        scratch = None
+    else:
+        # Unix socket paths are limited to 107 bytes: a short folder under the system's temp folder, not under runs/.
+        scratch = tempfile.TemporaryDirectory(prefix="fluid-ray-", ignore_cleanup_errors=True)
+        _start_local_ray(_temp_dir=scratch.name, num_cpus=num_cpus, include_dashboard=False, **quiet)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+        if scratch is not None:
+            scratch.cleanup()

@@ -1,0 +1,1 @@
+"""Generation: guidance, the decoding engine, editing, and FluidPipeline."""

@@ -1,0 +1,1 @@
+"""The encoded data set: plain Parquet files, a ledger of commits, and one manifest (docs/encoding.md)."""

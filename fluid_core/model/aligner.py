@@ -1,0 +1,42 @@
+"""The text aligner: trainable transformer blocks on top of the frozen T5 encoder (paper, figure 3 and table 3).
+
+Shapes: B batch, L text tokens, E width of the text encoder, D model width.
+"""
+
+from torch import Tensor, nn
+
+from fluid_core.model.layers import MLP, LayerNorm, Linear, SelfAttention, padding_bias
+from fluid_core.model.positions import TextPositions
+
+
+class AlignerBlock(nn.Module):
+    """Pre-norm self-attention and MLP."""
+
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.norm1, self.attention = LayerNorm(width), SelfAttention(width, heads)
+        self.norm2, self.mlp = LayerNorm(width), MLP(width)
+
+    def forward(self, x_BLD: Tensor, bias: Tensor) -> Tensor:
+        x_BLD = x_BLD + self.attention(self.norm1(x_BLD), bias)
+        return x_BLD + self.mlp(self.norm2(x_BLD))
+
+
+class TextAligner(nn.Module):
+    """T5 states to the model's width. It has positions of its own: T5's relative ones do not reach its output's users."""
+
+    def __init__(self, text_width: int, max_tokens: int, width: int, heads: int, blocks: int):
+        super().__init__()
+        self.project = Linear(text_width, width)
+        self.positions = TextPositions(max_tokens, width)
+        self.blocks = nn.ModuleList(AlignerBlock(width, heads) for _ in range(blocks))
+        self.norm = LayerNorm(width)
+
+    def forward(self, text_BLE: Tensor, mask_BL: Tensor) -> Tensor:
+        """(B, L, D). Padding (mask False) has no influence on the valid places; its own output is to be ignored."""
+        text_BLE = text_BLE.to(self.project.weight.dtype)
+        x_BLD = self.project(text_BLE) + self.positions(text_BLE.shape[1])
+        bias = padding_bias(mask_BL)
+        for block in self.blocks:
+            x_BLD = block(x_BLD, bias)
+        return self.norm(x_BLD)

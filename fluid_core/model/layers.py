@@ -1,0 +1,137 @@
+"""The parts that the aligner, the trunk and the head share: linear layers, attention, MLP.
+
+Every module initialises its own parameters inside its constructor, so that models can be built on the meta device or under
+`deepspeed.zero.Init`, which takes each module's parameters apart as soon as its constructor returns.
+
+Shapes: B batch, N queries, M keys, D width, H heads, d = D / H.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+_EXPLICIT_MAX_KEYS = 64
+"""Up to this many keys plain matmuls beat the fused kernel on CPU (`python benchmarks/run.py model` measures it)."""
+
+
+class Linear(nn.Linear):
+    """Xavier-uniform weights and zero bias (MAR)."""
+
+    def reset_parameters(self) -> None:
+        nn.init.xavier_uniform_(self.weight)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+
+class LayerNorm(nn.LayerNorm):
+    def __init__(self, width: int):
+        super().__init__(width, eps=1e-6)
+
+
+def attend(q_BHNd: Tensor, k_BHMd: Tensor, v_BHMd: Tensor, bias: Tensor | None = None) -> Tensor:
+    """softmax(q k^T / sqrt(d) + bias) v -> (B, H, N, d).
+
+    `bias`: additive, broadcasts to (B, H, N, M); -inf hides a key. This is the only place that chooses a kernel: the fused
+    one, or plain matmuls for few keys on CPU.
+    """
+    if q_BHNd.device.type == "cpu" and k_BHMd.shape[2] <= _EXPLICIT_MAX_KEYS:
+        logits_BHNM = torch.matmul(q_BHNd * (1.0 / math.sqrt(q_BHNd.shape[-1])), k_BHMd.transpose(-1, -2))
+        if bias is not None:
+            logits_BHNM = logits_BHNM + bias.to(logits_BHNM.dtype)
+        return torch.matmul(logits_BHNM.softmax(dim=-1), v_BHMd)
+    mask = None if bias is None else bias.to(q_BHNd.dtype)
+    return F.scaled_dot_product_attention(q_BHNd, k_BHMd, v_BHMd, attn_mask=mask)
+
+
+def padding_bias(mask_BL: Tensor) -> Tensor:
+    """0 where `mask` (bool) is True and -inf elsewhere: fp32 (B, 1, 1, L)."""
+    return torch.zeros(mask_BL.shape, device=mask_BL.device).masked_fill(~mask_BL, -math.inf)[:, None, None, :]
+
+
+def causal_bias(num_tokens: int, device: torch.device) -> Tensor:
+    """0 for keys at or before the query and -inf after it: fp32 (N, N)."""
+    return torch.full((num_tokens, num_tokens), -math.inf, device=device).triu(1)
+
+
+class Cache:
+    """Keys and values of the places generated so far, for one block of the causal trunk: storage (2, B, H, N, d).
+
+    Rows may be of different ages: row b adds the place `ages[b]`; the caller's bias hides what is beyond it.
+    """
+
+    def __init__(self, storage: Tensor, ages_B: Tensor, length: int):
+        self.storage, self.ages_B, self.length = storage, ages_B, length
+
+    def append(self, k_BH1d: Tensor, v_BH1d: Tensor) -> tuple[Tensor, Tensor]:
+        """Write one new place for each row; returns the keys and values of the first `length` places."""
+        rows = torch.arange(len(self.ages_B), device=self.ages_B.device)
+        self.storage[0][rows, :, self.ages_B] = k_BH1d[:, :, 0].to(self.storage.dtype)
+        self.storage[1][rows, :, self.ages_B] = v_BH1d[:, :, 0].to(self.storage.dtype)
+        return self.storage[0, :, :, : self.length], self.storage[1, :, :, : self.length]
+
+
+class SelfAttention(nn.Module):
+    """Multi-head attention with normalised queries and keys: layer norm without affine, then one learned gain for both."""
+
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.qkv = Linear(width, 3 * width)
+        self.gain = nn.Parameter(torch.ones(width // heads))
+        self.out = Linear(width, width)
+
+    def forward(
+        self, x_BND: Tensor, bias: Tensor | None = None, cache: Cache | None = None, places_BP: Tensor | None = None
+    ) -> Tensor:
+        """(B, N, D); with `places_BP` only the outputs of those places, (B, P, D)."""
+        B, N, D = x_BND.shape
+        q, k, v = self.qkv(x_BND).view(B, N, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)
+        if places_BP is not None:
+            q, N = q.take_along_dim(places_BP[:, None, :, None], dim=2), places_BP.shape[1]
+        q, k = unit_norm(q) * self.gain.to(q.dtype), unit_norm(k)
+        if cache is not None:
+            k, v = cache.append(k, v)
+        return self.out(attend(q, k, v, bias).transpose(1, 2).reshape(B, N, D))
+
+
+class CrossAttention(nn.Module):
+    """Attention of image tokens to the aligned text. Keys and values depend on the text alone: compute them once."""
+
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.q = Linear(width, width)
+        self.kv = Linear(width, 2 * width)
+        self.gain = nn.Parameter(torch.ones(width // heads))
+        self.out = Linear(width, width)
+
+    def keys_values(self, text_BLD: Tensor) -> tuple[Tensor, Tensor]:
+        B, L, D = text_BLD.shape
+        k, v = self.kv(text_BLD).view(B, L, 2, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)
+        return unit_norm(k), v
+
+    def forward(self, x_BND: Tensor, keys_values: tuple[Tensor, Tensor], bias: Tensor | None) -> Tensor:
+        B, N, D = x_BND.shape
+        q = self.q(x_BND).view(B, N, self.heads, D // self.heads).transpose(1, 2)
+        out = attend(unit_norm(q) * self.gain.to(q.dtype), *keys_values, bias)
+        return self.out(out.transpose(1, 2).reshape(B, N, D))
+
+
+def unit_norm(x: Tensor) -> Tensor:
+    """Layer norm without affine over the last dimension. Root-mean-square would do as well, but has no fused CPU kernel:
+    with it a training step of the demo's model took 1.18 times as long (docs/journal.md)."""
+    return F.layer_norm(x, (x.shape[-1],), eps=1e-6)
+
+
+class MLP(nn.Module):
+    """Linear - GELU - Linear, four times the width inside."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.up = Linear(width, 4 * width)
+        self.down = Linear(4 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(F.gelu(self.up(x), approximate="tanh"))

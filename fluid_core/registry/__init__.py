@@ -1,0 +1,1 @@
+"""Experiment tracking, model bundles and promotion (MLflow)."""

@@ -1,0 +1,144 @@
+"""What every route shares: body limits, OpenAI's error format, the request's client, counting."""
+
+import time
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from fluid_core.serving.errors import ApiError
+from fluid_core.serving.keys import Authenticator, RateLimiter
+from fluid_core.serving.metrics import ServingMetrics
+from fluid_core.serving.schema import ErrorBody
+
+ERRORS: dict[int | str, dict[str, Any]] = {
+    status: {"model": ErrorBody, "description": text}
+    for status, text in {
+        400: "the request is wrong; the message says how",
+        401: "missing or wrong API key",
+        404: "nothing of that id, or an unknown model",
+        413: "the body is too large",
+        429: "the queue is full, or too many requests: see Retry-After",
+        500: "an error of the server",
+        503: "not ready, draining, or a replica was lost: see Retry-After",
+        504: "the deadline passed",
+    }.items()
+}
+
+
+def answers(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """The error answers of a route, for its OpenAPI description."""
+    return {status: ERRORS[status] for status in statuses}
+
+
+class BodyLimit:
+    """Refuses bodies over a limit before they are read: by Content-Length, and by counting what arrives."""
+
+    def __init__(self, app: ASGIApp, limit: int, file_limit: int):
+        self.app, self.limit, self.file_limit = app, limit, file_limit
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        limit = self.file_limit if scope["path"] == "/v1/files" else self.limit
+        declared = dict(scope["headers"]).get(b"content-length", b"0")
+        refusal = ApiError(413, "body_too_large", f"the request body is larger than {limit} bytes")
+        if declared.isdigit() and int(declared) > limit:
+            await error_response(refusal)(scope, receive, send)
+            return
+        read = 0
+
+        async def counted() -> Message:
+            nonlocal read
+            message = await receive()
+            read += len(message.get("body", b""))
+            if read > limit:
+                # FastAPI lets an HTTPException out of its body parser; anything else would become a 400.
+                raise HTTPException(refusal.status, refusal.message)
+            return message
+
+        await self.app(scope, counted, send)
+
+
+class Guard:
+    """Checks the API key and counts the request against its client's rate, before anything of the body is read."""
+
+    def __init__(self, app: ASGIApp, authenticator: Authenticator, limiter: RateLimiter):
+        self.app, self.authenticator, self.limiter = app, authenticator, limiter
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or not scope["path"].startswith("/v1/"):
+            await self.app(scope, receive, send)
+            return
+        authorization = dict(scope["headers"]).get(b"authorization", b"").decode("latin-1")
+        address = scope["client"][0] if scope.get("client") else "unknown"
+        try:
+            client = self.authenticator.client(authorization, address)
+            self.limiter.take(client)
+        except ApiError as error:
+            await error_response(error)(scope, receive, send)
+            return
+        scope["fluid.client"] = client
+        await self.app(scope, receive, send)
+
+
+class RequestCounter:
+    """Counts and times answers by route template and status."""
+
+    def __init__(self, app: ASGIApp, metrics: ServingMetrics):
+        self.app, self.metrics = app, metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        started, status = time.monotonic(), 499  # stays when the client left before the answer
+
+        async def noted(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+
+        try:
+            await self.app(scope, receive, noted)
+        finally:
+            route = getattr(scope.get("route"), "path", "other")
+            self.metrics.requests.labels(route, str(status)).inc()
+            self.metrics.seconds.labels(route).observe(time.monotonic() - started)
+
+
+def error_response(error: ApiError) -> JSONResponse:
+    return JSONResponse(error.body(), status_code=error.status, headers=error.headers())
+
+
+def install_error_handlers(app: FastAPI) -> None:
+    """Every error leaves as OpenAI's error object."""
+
+    async def api_error(_: Request, error: Any) -> JSONResponse:
+        return error_response(error)
+
+    async def invalid(_: Request, error: Any) -> JSONResponse:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"] if part not in ("body", "query", "path"))
+        message = f"{where}: {first['msg']}" if where else first["msg"]
+        return error_response(ApiError(400, first["type"], message, where or None))
+
+    async def http_error(_: Request, error: Any) -> JSONResponse:
+        response = error_response(ApiError(error.status_code, "http_error", str(error.detail)))
+        response.headers.update(error.headers or {})
+        return response
+
+    async def unexpected(_: Request, error: Exception) -> JSONResponse:
+        return error_response(
+            ApiError(500, "internal_error", "the server failed on this request; its log says why", retry_after=1)
+        )
+
+    app.add_exception_handler(ApiError, api_error)
+    app.add_exception_handler(RequestValidationError, invalid)
+    app.add_exception_handler(HTTPException, http_error)
+    app.add_exception_handler(Exception, unexpected)

@@ -1,0 +1,141 @@
+"""The record of a batch job: a plan, and one committed result for each chunk of its lines. Local or on S3.
+
+    <root>/plan.json                 input (size, sha256), where each chunk of lines begins, the settings' hash
+    <root>/output/000012.jsonl       the chunk's answers, one line an image request
+    <root>/errors/000012.jsonl       the chunk's refusals and failures
+    <root>/_ledger/000012.json       written last, and only if absent: the chunk counts from then on, once
+
+Any process may be killed at any time: what has no ledger entry is made again, under the same names.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+from pydantic import BaseModel
+
+from fluid_core.data.storage import Storage
+
+
+class ChunkRecord(BaseModel):
+    """A committed chunk. The model version is the one that made it: an alias may move during a long job."""
+
+    chunk: int
+    rows: int
+    completed: int
+    failed: int
+    output_sha256: str
+    errors_sha256: str
+    seconds: float
+    model: str
+
+
+class JobPlan(BaseModel):
+    """Which lines belong to which chunk. `offsets` has one byte offset a chunk and the file's size at the end."""
+
+    schema_version: int = 1
+    input_bytes: int
+    input_sha256: str
+    rows: int
+    chunk_rows: int
+    offsets: list[int]
+    settings: dict[str, Any]
+
+    @property
+    def chunks(self) -> int:
+        return len(self.offsets) - 1
+
+    def rows_of(self, chunk: int) -> int:
+        return min(self.chunk_rows, self.rows - chunk * self.chunk_rows)
+
+
+class JobLedger:
+    """Plan and results under one folder of a storage."""
+
+    def __init__(self, storage: Storage, root: str = ""):
+        self._storage = storage
+        self._root = f"{root.strip('/')}/" if root else ""
+
+    def plan(self) -> JobPlan | None:
+        data = self._storage.read_or_none(f"{self._root}plan.json")
+        return None if data is None else JobPlan.model_validate_json(data)
+
+    def write_plan(self, plan: JobPlan) -> JobPlan:
+        """The plan in force: this one, or the one that another process wrote first."""
+        name = f"{self._root}plan.json"
+        self._storage.put_bytes(plan.model_dump_json().encode(), name, overwrite=False)
+        found = self.plan()
+        assert found is not None
+        return found
+
+    def committed(self) -> dict[int, ChunkRecord]:
+        records = {}
+        for entry in self._storage.list(f"{self._root}_ledger/"):
+            data = self._storage.read_or_none(entry.name)
+            if data is not None:
+                record = ChunkRecord.model_validate_json(data)
+                records[record.chunk] = record
+        return records
+
+    def commit(self, chunk: int, output: bytes, errors: bytes, completed: int, failed: int, seconds: float, model: str) -> bool:
+        """Store a chunk's results, then its ledger entry. False: another process had committed it, its results stand."""
+        if self._storage.size_or_none(self._name("_ledger", chunk, "json")) is not None:
+            return False
+        self._storage.put_bytes(output, self._name("output", chunk), overwrite=True)
+        self._storage.put_bytes(errors, self._name("errors", chunk), overwrite=True)
+        record = ChunkRecord(
+            chunk=chunk,
+            rows=completed + failed,
+            completed=completed,
+            failed=failed,
+            output_sha256=hashlib.sha256(output).hexdigest(),
+            errors_sha256=hashlib.sha256(errors).hexdigest(),
+            seconds=seconds,
+            model=model,
+        )
+        return self._storage.put_bytes(record.model_dump_json().encode(), self._name("_ledger", chunk, "json"), overwrite=False)
+
+    def results(self, kind: str, chunks: list[int]) -> Iterator[bytes]:
+        """The committed chunks' `output` or `errors`, in the order of the input."""
+        for chunk in sorted(chunks):
+            yield self._storage.read_or_none(self._name(kind, chunk)) or b""
+
+    def _name(self, kind: str, chunk: int, extension: str = "jsonl") -> str:
+        return f"{self._root}{kind}/{chunk:06d}.{extension}"
+
+
+def plan_lines(file: IO[bytes], chunk_rows: int, settings: dict[str, Any]) -> JobPlan:
+    """Read a JSONL file once: its digest, its number of lines (blank ones are no rows), and where each chunk begins."""
+    digest = hashlib.sha256()
+    offsets, rows, position = [0], 0, 0
+    for line in file:
+        digest.update(line)
+        if line.strip():
+            if rows and rows % chunk_rows == 0:
+                offsets.append(position)
+            rows += 1
+        position += len(line)
+    if rows == 0:
+        raise ValueError("the input has no lines")
+    return JobPlan(
+        input_bytes=position,
+        input_sha256=digest.hexdigest(),
+        rows=rows,
+        chunk_rows=chunk_rows,
+        offsets=[*offsets, position],
+        settings=settings,
+    )
+
+
+def read_chunk(source: Path, plan: JobPlan, chunk: int) -> list[bytes]:
+    """The lines of one chunk."""
+    with open(source, "rb") as file:
+        file.seek(plan.offsets[chunk])
+        data = file.read(plan.offsets[chunk + 1] - plan.offsets[chunk])
+    return [line for line in data.split(b"\n") if line.strip()]
+
+
+def json_line(value: dict[str, Any]) -> bytes:
+    return json.dumps(value, sort_keys=True, ensure_ascii=False).encode() + b"\n"

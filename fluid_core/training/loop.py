@@ -1,0 +1,434 @@
+"""The training loop of one worker.
+
+    every step:  this worker's micro-batches -> one all-reduce of counts -> forward, backward -> one all-reduce of the loss
+                 -> DeepSpeed's step (unless the health policy vetoes it) -> EMA -> metrics.jsonl
+    sometimes:   validation, sample grids, a checkpoint; stop when asked to
+
+The loss is the mean over all masked tokens of the global batch: each worker divides its sum by the global count.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+import time
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from fluid_core.config import Recipe
+from fluid_core.latents.reader import EncodedDataset
+from fluid_core.planning import peak_flops, training_flops
+from fluid_core.registry.tracking import Tracker
+from fluid_core.training.checkpoint import Checkpointer, latest_complete
+from fluid_core.training.ema import ShardedEMA
+from fluid_core.training.engine import Engine
+from fluid_core.training.health import HealthPolicy, Watchdog
+from fluid_core.training.loader import Batch, Loader, Slicing
+from fluid_core.training.metrics import BinnedLoss, MetricsFile
+from fluid_core.training.sampling import Sampler
+from fluid_core.training.schedule import learning_rate_factor
+from fluid_core.training.validation import Validation
+
+STOP_FILE = "stop"
+_LOCK_SECONDS = 60.0
+
+
+@dataclass
+class RunSettings:
+    """What the driver tells its workers besides the recipe. `resume` False: no checkpoint of an earlier start is used."""
+
+    run_dir: str
+    fingerprint: str
+    tracking_uri: str
+    tracking_run_id: str | None = None
+    resume: bool = True
+
+
+def checkpoint_root(recipe: Recipe, run_dir: str | Path) -> Path:
+    return Path(recipe.training.checkpoint_path or Path(run_dir) / "checkpoints")
+
+
+class TrainingLoop:
+    """Set-up and steps of one worker; the process group must be there already."""
+
+    def __init__(self, recipe: Recipe, settings: RunSettings):
+        self.recipe, self.training, self.settings = recipe, recipe.training, settings
+        self.run_dir = Path(settings.run_dir)
+        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        self.run_dir.mkdir(parents=True, exist_ok=True)
+        self._lock = _writer_lock(self.run_dir) if self.rank == 0 else None
+        self.datasets = [(EncodedDataset(item.path, item.source), item.weight) for item in recipe.mixture]
+        self.slicing = Slicing(self.training.batch_size, self.rank, self.world_size, self.training.micro_batch_size)
+        self.loader = Loader(
+            self.datasets,
+            recipe.model,
+            recipe.seed,
+            self.slicing,
+            self.training.shuffle_window,
+            text_encoder(recipe, self.datasets),
+        )
+        self.engine = Engine(recipe.model, self.training, recipe.seed)
+        self.null_text = self.loader.collator.null_text_LE.to(self.engine.device)
+        self.ema = ShardedEMA(self.engine.partitions, self.training.ema_decay)
+        self.health = HealthPolicy(self.training.spike_factor, self.training.max_strikes)
+        self.checkpointer = Checkpointer(
+            checkpoint_root(recipe, self.run_dir),
+            self.engine.partitions,
+            self.engine.optimizer,
+            self.ema,
+            self.training.keep_last,
+            self.training.keep_every,
+        )
+        attempt = [uuid.uuid4().hex[:8]]
+        dist.broadcast_object_list(attempt, src=0)
+        self.attempt = attempt[0]
+        self.validation: Validation | None = None
+        if recipe.encode.validation_output:
+            data = EncodedDataset(recipe.encode.validation_output)
+            self.validation = Validation(
+                data, self.loader.collator, self.training.validation_samples, self.slicing.micro, self.rank, self.world_size
+            )
+        self.step, self.position = 0, 0
+        self.loss = float("nan")
+        self.bins = BinnedLoss()
+        self.tracker: Tracker | None = None
+        self.metrics: MetricsFile | None = None
+        self.sampler: Sampler | None = None
+        self.watchdog = Watchdog(self.training.watchdog_seconds, self.run_dir, self.rank)
+        self.engine.optimizer.veto = self._vetoed
+
+    # Start and end.
+
+    def run(self) -> dict[str, Any]:
+        """Train to the last step, or until asked to stop. Returns {"step", "stopped", "metrics"}."""
+        if self.settings.resume:
+            self._resume()
+        if self.rank == 0:
+            self.metrics = MetricsFile(self.run_dir / "metrics.jsonl", self.step)
+            self.tracker = Tracker(
+                self.settings.tracking_uri,
+                self.recipe.registry.experiment,
+                self.run_dir.name,
+                run_id=self.settings.tracking_run_id,
+            )
+        if self.training.sample_prompts:
+            self.sampler = Sampler(self.recipe, self.engine, self.ema, self.loader.collator)
+        status = "FAILED"
+        try:
+            stopped = self._train()
+            status = "KILLED" if stopped else "FINISHED"
+        finally:
+            self.watchdog.close()
+            if self.metrics:
+                self.metrics.close()
+            if self.tracker:
+                self.tracker.close(status)  # type: ignore[arg-type]
+        return {"step": self.step, "stopped": stopped, "metrics": self._final}
+
+    def _resume(self) -> None:
+        root = self.checkpointer.root
+        found: list[Any] = [None]
+        if self.rank == 0:
+            # Checksums are read by one worker; the others get its choice, so that all load the same checkpoint.
+            checkpoint = latest_complete(root, verify=True, report=lambda text: print(text, flush=True))
+            found = [checkpoint]
+        dist.broadcast_object_list(found, src=0)
+        if found[0] is not None:
+            self._load(found[0])
+
+    def _load(self, checkpoint: Any) -> None:
+        state = self.checkpointer.load(checkpoint)
+        hashes = [data.manifest.hash for data, _ in self.datasets]
+        if state["datasets"] != hashes:
+            raise ValueError(
+                f"{checkpoint.path} was trained on other data (manifest {state['datasets'][0][:12]}, now {hashes[0][:12]}): "
+                "an exact resume needs the same data set; give the run a new training.run_name"
+            )
+        self.step, self.position = state["step"], state["samples"]
+        self.health.load(state["health"])
+
+    # Steps.
+
+    def _train(self) -> bool:
+        self._final: dict[str, float] = {}
+        stream = self.loader.stream(self.position)
+        clock = _Clock()
+        stopped = False
+        while self.step < self.training.max_steps and not stopped:
+            clock.start()
+            batches = [batch.to(self.engine.device) for batch in next(stream)]
+            clock.lap("data")
+            count, stopped, keys = self._agree(batches)
+            if stopped:
+                break
+            rollback = self._step(batches, count, keys, clock)
+            if rollback:
+                stream.close()
+                self._roll_back()
+                stream = self.loader.stream(self.position)
+                continue
+            self._occasionally()
+        stream.close()
+        if not self._saved:
+            self._save()
+        self.checkpointer.wait()
+        dist.barrier()
+        return stopped
+
+    def _agree(self, batches: list[Batch]) -> tuple[int, bool, str]:
+        """One all-reduce: masked tokens of the global batch, whether to stop, and the hash of its samples' keys in order."""
+        header = torch.zeros(2 + self.training.batch_size, dtype=torch.int64)
+        header[0] = sum(batch.draws.masked_count() for batch in batches)
+        header[1] = int(self.rank == 0 and (self.run_dir / STOP_FILE).exists())
+        for batch in batches:
+            places = torch.tensor(batch.positions) % self.training.batch_size
+            header[2 + places] = batch.key_hashes
+        header = header.to(self.engine.device)
+        dist.all_reduce(header)
+        header = header.cpu()
+        return int(header[0]), bool(header[1]), hashlib.sha256(header[2:].numpy().tobytes()).hexdigest()
+
+    def _step(self, batches: list[Batch], count: int, keys: str, clock: "_Clock") -> bool:
+        engine = self.engine
+        number = self.step + 1
+        rate = engine.set_learning_rate(learning_rate_factor(self.training, number))
+        logged = number % self.training.log_every == 0 or number == self.training.max_steps
+        engine.optimizer.squares = {} if logged else None
+        total = torch.zeros((), dtype=torch.float64)
+        for index, batch in enumerate(batches):
+            out = engine.forward(batch.tokens, batch.text_BLE, batch.text_mask_BL, self.null_text, batch.draws)
+            clock.lap("forward")
+            engine.backward(out.loss_sum * (self.world_size / count))
+            clock.lap("backward")
+            total += out.loss_sum.detach().double().cpu()
+            self.bins.add(out.per_token, out.timesteps, out.mask_ratio)
+            if index == len(batches) - 1:
+                total = total.to(engine.device)
+                dist.all_reduce(total)
+                self.loss = float(total) / count
+            engine.step()
+        norm = engine.gradient_norm
+        reason = self.health.reason(self.loss, norm)
+        if reason is None:
+            self.ema.update()
+        clock.lap("optimizer")
+        rollback = self.health.record(norm, reason)
+        self.step, self.position = number, self.position + self.training.batch_size
+        self._saved = False
+        self.watchdog.beat()
+        if reason is not None:
+            self._report_strike(batches, reason)
+        self._write(keys, norm, rate, reason, clock, logged, count)
+        return rollback
+
+    def _vetoed(self) -> bool:
+        return self.health.reason(self.loss, self.engine.gradient_norm) is not None
+
+    def _report_strike(self, batches: list[Batch], reason: str) -> None:
+        keys: list[Any] = [None] * self.world_size
+        dist.all_gather_object(keys, [key for batch in batches for key in batch.keys])
+        if self.rank == 0:
+            record = {"step": self.step, "samples": self.position, "reason": reason, "keys": keys}
+            with open(self.run_dir / "strikes.jsonl", "a") as file:
+                file.write(json.dumps(record) + "\n")
+            print(f"step {self.step} skipped: {reason}; its samples are in {self.run_dir}/strikes.jsonl", flush=True)
+
+    def _roll_back(self) -> None:
+        """The last good checkpoint's weights, with the samples since then skipped."""
+        self.checkpointer.wait()
+        dist.barrier()
+        found = latest_complete(self.checkpointer.root)
+        if found is None:
+            raise ValueError(
+                f"{self.training.max_strikes} bad steps in a row before the first checkpoint (see strikes.jsonl): "
+                "lower training.learning_rate, lengthen training.warmup_steps, or look at the data"
+            )
+        position = self.position
+        self._load(found)
+        self.position = position
+        self.health.strikes = 0
+        if self.rank == 0:
+            assert self.metrics is not None
+            self.metrics.close()
+            self.metrics = MetricsFile(self.run_dir / "metrics.jsonl", self.step)
+            print(f"rolled back to step {self.step}; training goes on with sample {self.position}", flush=True)
+
+    # What is written.
+
+    def _write(
+        self, keys: str, norm: float, rate: float, reason: str | None, clock: "_Clock", logged: bool, count: int
+    ) -> None:
+        seconds = clock.total
+        line: dict[str, Any] = {
+            "step": self.step,
+            "loss": self.loss if self.loss == self.loss else None,
+            "grad_norm": norm,
+            "samples": self.position,
+            "keys_sha256": keys,
+            "learning_rate": rate,
+            "seconds": round(seconds, 4),
+        }
+        if reason is not None:
+            line["skipped"] = reason
+        if logged:
+            line |= self._detail(norm, clock, count)
+        if self.metrics and self.tracker:
+            self.metrics.write(line)
+            if logged:
+                numbers = {k: v for k, v in line.items() if isinstance(v, int | float) and k != "step"}
+                self.tracker.log_metrics(numbers, step=self.step)
+
+    def _detail(self, norm: float, clock: "_Clock", count: int) -> dict[str, float]:
+        """Everything that costs a reduction: only every `log_every` steps."""
+        device = self.engine.device
+        squares = self.engine.optimizer.squares or {}
+        share = 1.0 / self.world_size if self.engine.partitions.replicated else 1.0
+        sums = torch.tensor(
+            [float(squares.get("trunk", 0)) * share, float(squares.get("head", 0)) * share, float(self.ema.distance_squared()) * share],
+            dtype=torch.float64, device=device,
+        )  # fmt: skip
+        dist.all_reduce(sums)
+        slowest = torch.tensor([*clock.mean().values()], dtype=torch.float64, device=device)
+        dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
+        table = self.bins.table.to(device)
+        dist.all_reduce(table)
+        self.bins.table = table.cpu()
+        clip = max(1.0, norm / self.training.gradient_clip)
+        phases = dict(zip(clock.mean(), slowest.tolist(), strict=True))
+        step_seconds = max(sum(phases.values()), 1e-9)
+        rate = self.training.batch_size / step_seconds
+        flops = training_flops(self.recipe.model) * rate
+        out = {
+            "images_per_second": rate,
+            "images_per_second_per_device": rate / self.world_size,
+            "tflops_per_device": flops / self.world_size / 1e12,
+            "grad_norm_trunk": float(sums[0].sqrt()) * clip,
+            "grad_norm_head": float(sums[1].sqrt()) * clip,
+            "ema_distance": float(sums[2].sqrt()),
+            "data_wait_share": phases["data"] / step_seconds,
+            "checkpoint_seconds": self.checkpointer.seconds,
+            "memory_gib": _memory_gib(device),
+            "epoch": self.loader.epoch(self.position),
+            **{f"seconds_{name}": value for name, value in phases.items()},
+            **self.bins.read(),
+        }
+        peak = peak_flops(device)
+        if peak:
+            out["mfu"] = flops / self.world_size / peak
+        clock.reset()
+        return out
+
+    def _occasionally(self) -> None:
+        training, last = self.training, self.step == self.training.max_steps
+        if self.validation and (self.step % training.validate_every == 0 or last):
+            self._final = {"validation_loss": self.validation.loss(self.engine, self.null_text)}
+            with self.ema.applied():
+                self._final["validation_loss_ema"] = self.validation.loss(self.engine, self.null_text)
+            if self.tracker and self.metrics:
+                self.tracker.log_metrics(self._final, step=self.step)
+            self._log_validation()
+        if self.sampler and (self.step % training.sample_every == 0 or last):
+            for name, image in self.sampler.grids():
+                if self.tracker:
+                    self.tracker.log_image(image, f"samples_{name}", self.step)
+                    (self.run_dir / "samples").mkdir(exist_ok=True)
+                    image.save(self.run_dir / "samples" / f"{name}_{self.step:08d}.png")
+        # Not in the middle of bad steps: a roll-back must find the state before them.
+        if (self.step % training.checkpoint_every == 0 and not self.health.strikes) or last:
+            self._save()
+        self.checkpointer.check()
+        self.watchdog.beat()
+
+    def _log_validation(self) -> None:
+        if self.rank == 0:
+            with open(self.run_dir / "validation.jsonl", "a") as file:
+                file.write(json.dumps({"step": self.step, **self._final}) + "\n")
+
+    _saved = False
+
+    def _save(self) -> None:
+        state = {
+            "samples": self.position,
+            "epoch": self.loader.epoch(self.position),
+            "fingerprint": self.settings.fingerprint,
+            "datasets": [data.manifest.hash for data, _ in self.datasets],
+            "health": self.health.state(),
+            "zero_stage": self.training.zero_stage,
+            "recipe": self.recipe.model_dump(mode="json"),
+            "tracking_run_id": self.settings.tracking_run_id,
+            "metrics": self._final,
+        }
+        self.checkpointer.save(self.step, state, self.attempt)
+        self._saved = True
+
+
+class _Clock:
+    """Seconds by phase, summed until `reset`."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, float] = {}
+        self._steps = 0
+        self.total = 0.0
+        self._last = time.monotonic()
+
+    def start(self) -> None:
+        now = time.monotonic()
+        if self._steps:  # what happened between two steps: logging, validation, checkpoints
+            self._sums["other"] = self._sums.get("other", 0.0) + now - self._last
+        self._steps += 1
+        self._last, self.total = now, 0.0
+
+    def lap(self, phase: str) -> None:
+        now = time.monotonic()
+        self._sums[phase] = self._sums.get(phase, 0.0) + now - self._last
+        self.total += now - self._last
+        self._last = now
+
+    def mean(self) -> dict[str, float]:
+        """The phases of a step, without `other`."""
+        return {k: self._sums.get(k, 0.0) / max(1, self._steps) for k in ("data", "forward", "backward", "optimizer")}
+
+    def reset(self) -> None:
+        self._sums, self._steps = {}, 0
+
+
+def text_encoder(recipe: Recipe, datasets: list[tuple[EncodedDataset, float]]) -> Any:
+    """For data sets of token ids: the frozen text encoder, outside ZeRO's sharding; None for stored embeddings."""
+    if all(data.manifest.text_mode == "embeddings" for data, _ in datasets):
+        return None
+    from fluid_core.encoders.text import TextEncoder
+    from fluid_core.training.engine import device
+
+    section = recipe.text_encoder
+    encoder = TextEncoder.from_pretrained(
+        section.path, revision=section.revision, max_tokens=section.max_tokens, dtype=section.dtype, device=device()
+    )
+    return encoder.encode_ids
+
+
+def _memory_gib(device: torch.device) -> float:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**30
+
+
+def _writer_lock(run_dir: Path) -> Any:
+    """Only one rank 0 writes into a run's folder; a worker of a killed start may need a moment to go away."""
+    file = open(run_dir / ".writer.lock", "w")  # noqa: SIM115 - held as long as the process lives
+    deadline = time.monotonic() + _LOCK_SECONDS
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return file
+        except OSError:
+            if time.monotonic() > deadline:
+                raise ValueError(
+                    f"{run_dir} is being written by another run: wait for it, or choose another training.run_name"
+                ) from None
+            time.sleep(0.2)

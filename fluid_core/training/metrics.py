@@ -1,0 +1,64 @@
+"""What a step leaves behind: one line in metrics.jsonl, and binned losses that tell where the loss comes from."""
+
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+BINS = 5
+
+
+def read_metrics(path: str | Path) -> list[dict[str, Any]]:
+    """The lines of a metrics.jsonl; a last line that was cut off by a kill is left out."""
+    path = Path(path)
+    if not path.is_file():
+        return []
+    lines = path.read_text().split("\n")
+    return [json.loads(line) for line in lines[:-1] if line]
+
+
+class MetricsFile:
+    """metrics.jsonl: each step once, in order, also after a resume from an earlier step."""
+
+    def __init__(self, path: Path, resume_step: int):
+        self.path = path
+        kept = [line for line in read_metrics(path) if line["step"] <= resume_step]
+        temporary = path.with_name(f".{path.name}.tmp")
+        with open(temporary, "w") as file:
+            file.writelines(json.dumps(line) + "\n" for line in kept)
+        os.replace(temporary, path)
+        self._file = open(path, "a", buffering=1)  # noqa: SIM115 - a line at a time, for the life of the run
+
+    def write(self, values: dict[str, Any]) -> None:
+        self._file.write(json.dumps(values) + "\n")
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class BinnedLoss:
+    """Sums and counts of the loss in equal bins of the diffusion timestep and of the mask ratio; add, all-reduce, read."""
+
+    def __init__(self) -> None:
+        self.table = torch.zeros(2, 2, BINS, dtype=torch.float64)
+
+    def add(self, per_token: Tensor, timesteps: Tensor, mask_ratio: Tensor) -> None:
+        losses = per_token.detach().double().cpu()
+        for row, values in enumerate((timesteps, mask_ratio)):
+            index = (values.detach().cpu() * BINS).long().clamp(0, BINS - 1)
+            self.table[row, 0].index_add_(0, index, losses)
+            self.table[row, 1].index_add_(0, index, torch.ones_like(losses))
+
+    def read(self, names: Iterable[str] = ("timestep", "mask_ratio")) -> dict[str, float]:
+        """{"loss_timestep/0.0-0.2": mean, ...} of the bins that hold anything; empties the table."""
+        out: dict[str, float] = {}
+        for name, (sums, counts) in zip(names, self.table, strict=True):
+            for k in range(BINS):
+                if counts[k] > 0:
+                    out[f"loss_{name}/{k / BINS:.1f}-{(k + 1) / BINS:.1f}"] = float(sums[k] / counts[k])
+        self.table.zero_()
+        return out

@@ -1,0 +1,326 @@
+"""A training run from the driver's side: who may use a run's name, Ray Train, the progress line, and how it ends."""
+
+import fcntl
+import json
+import os
+import shutil
+import signal
+import sys
+import threading
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from fluid_core.config import Recipe
+from fluid_core.entry import ray_session
+from fluid_core.latents.reader import EncodedDataset
+from fluid_core.registry.tracking import Tracker
+from fluid_core.training.checkpoint import latest_complete, list_checkpoints
+from fluid_core.training.loader import Slicing, check_datasets
+from fluid_core.training.loop import STOP_FILE, RunSettings, checkpoint_root
+from fluid_core.training.metrics import read_metrics
+from fluid_core.workflow.stage import write_json_atomic
+
+_POLL_SECONDS = 0.5
+KEEP_FREED_MEMORY = {
+    "MALLOC_ARENA_MAX": "1",
+    "MALLOC_MMAP_THRESHOLD_": str(1 << 30),
+    "MALLOC_TRIM_THRESHOLD_": str(8 << 30),
+    "MALLOC_TOP_PAD_": str(64 << 20),
+}
+"""For workers that compute on the CPU: glibc gives large buffers back to the system when they are freed, and every step gets
+them again page by page. Kept instead, a step of the demo takes a fifth less time (docs/training.md)."""
+
+
+def pretrain(recipe: Recipe, fingerprint: str, resume: bool = False, fresh: bool = False) -> dict[str, Any]:
+    """Train under Ray Train, going on from the newest complete checkpoint.
+
+    A run that this fingerprint began is continued by itself. What another recipe left under the same name is continued
+    only with `resume`, and removed only with `fresh`.
+
+    Returns:
+        {"step", "stopped", "metrics"}; `stopped` is the signal's number when SIGTERM or SIGINT asked for an end.
+
+    Raises:
+        ValueError: the recipe, the data or the run's name will not do, or a worker met such an error.
+        RuntimeError: the workers failed more often than training.max_failures allows.
+    """
+    check_inputs(recipe)
+    run_dir = recipe.training_dir.resolve()
+    run_dir.mkdir(parents=True, exist_ok=True)
+    with _only_driver(run_dir):
+        record = _claim(recipe, run_dir, fingerprint, resume, fresh)
+        (run_dir / STOP_FILE).unlink(missing_ok=True)
+        settings = RunSettings(
+            run_dir=str(run_dir),
+            fingerprint=fingerprint,
+            tracking_uri=record["tracking_uri"],
+            tracking_run_id=record["tracking_run_id"],
+        )
+        # In this order: starting Ray puts a handler of its own in the place of ours.
+        with ray_session(), _stop_on_signals(run_dir) as signalled:
+            with _progress(run_dir / "metrics.jsonl", recipe.training.max_steps):
+                _fit(recipe, settings)
+        result = json.loads((run_dir / "result.json").read_text())
+    result["stopped"] = signalled[0] if result["stopped"] and signalled else None
+    return result
+
+
+def check_inputs(recipe: Recipe) -> None:
+    """Everything that can be known to be wrong before work starts.
+
+    Raises:
+        ValueError: with the key to change.
+    """
+    training = recipe.training
+    Slicing(training.batch_size, 0, training.workers, training.micro_batch_size)
+    if training.warmup_steps > training.max_steps:
+        raise ValueError(f"training.warmup_steps {training.warmup_steps} is more than max_steps {training.max_steps}")
+    if training.offload_optimizer and training.zero_stage == 0:
+        raise ValueError("training.offload_optimizer needs zero_stage 1, 2 or 3")
+    datasets = [(EncodedDataset(item.path, item.source), item.weight) for item in recipe.mixture]
+    validation = recipe.encode.validation_output
+    checked = datasets + ([(EncodedDataset(validation), 1.0)] if validation else [])
+    check_datasets(checked, recipe.model, encoder_hashes(recipe))
+
+
+def encoder_hashes(recipe: Recipe) -> dict[str, dict[str, Any]]:
+    """Identities of the recipe's encoders where they are local folders: {"image": {...}, "text": {...}}."""
+    from fluid_core.encoders.source import weights_sha256
+
+    found: dict[str, dict[str, Any]] = {}
+    for name, section in (("image", recipe.image_tokenizer), ("text", recipe.text_encoder)):
+        if Path(section.path).is_dir():
+            found[name] = {"sha256": weights_sha256(Path(section.path))}
+    return found
+
+
+def _claim(recipe: Recipe, run_dir: Path, fingerprint: str, resume: bool, fresh: bool) -> dict[str, Any]:
+    """Decide whether this start may use what is under the run's name, and note the decision in run.json."""
+    path = run_dir / "run.json"
+    record = json.loads(path.read_text()) if path.is_file() else None
+    root = checkpoint_root(recipe, run_dir)
+    if fresh:
+        shutil.rmtree(root, ignore_errors=True)
+        for name in ("metrics.jsonl", "validation.jsonl", "strikes.jsonl", "result.json", "run.json"):
+            (run_dir / name).unlink(missing_ok=True)
+        record = None
+    elif list_checkpoints(root) and not resume and (record is None or record["fingerprint"] != fingerprint):
+        newest = latest_complete(root)
+        where = f"step {newest.step}" if newest else "no complete checkpoint"
+        raise ValueError(
+            f"{run_dir} holds a run of another recipe or other data ({where}): choose a new training.run_name, "
+            "add --resume to go on from its last checkpoint, or --force to begin again and delete its checkpoints"
+        )
+    if record is None or (record["fingerprint"] != fingerprint and not resume):
+        record = {"fingerprint": fingerprint, "tracking_run_id": None}
+    from fluid_core.registry.mlflow_client import absolute_uri
+
+    record |= {"fingerprint": fingerprint, "tracking_uri": absolute_uri(recipe.registry.tracking_uri)}
+    tracker = Tracker(
+        record["tracking_uri"], recipe.registry.experiment, recipe.training_dir.name, run_id=record["tracking_run_id"],
+        tags={"fluid.stage": "pretrain", "fluid.fingerprint": fingerprint, "fluid.code": code_version()},
+    )  # fmt: skip
+    tracker.log_params({"model": recipe.model.model_dump(), "training": recipe.training.model_dump(), "seed": recipe.seed})
+    for data in sorted({item.path for item in recipe.mixture}):
+        tracker.log_dataset(Path(data).name, EncodedDataset(data).manifest.hash, data)
+    record["tracking_run_id"] = tracker.run_id
+    tracker.close("FINISHED")
+    write_json_atomic(path, record)
+    return record
+
+
+def code_version() -> str:
+    """The package's version, with the git commit where the code is a checkout."""
+    import subprocess
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        package = version("fluid-t2i")
+    except PackageNotFoundError:
+        package = "source"
+    root = Path(__file__).resolve().parents[2]
+    if (root / ".git").exists():
+        out = subprocess.run(
+            ["git", "-C", str(root), "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=False
+        )
+        if out.returncode == 0:
+            return f"{package}+{out.stdout.strip()}"
+    return package
+
+
+def worker(config: dict[str, Any]) -> None:
+    """One Ray Train worker."""
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if _has_gpu() else "cpu")
+    if Path(config["directory"]).is_dir():
+        os.chdir(config["directory"])
+    import torch
+
+    from fluid_core.training.loop import TrainingLoop
+
+    torch.set_num_threads(config["threads"])
+    run_worker(Recipe.model_validate(config["recipe"]), RunSettings(**config["settings"]), TrainingLoop)
+
+
+def run_worker(recipe: Recipe, settings: RunSettings, loop: Any) -> None:
+    """Train in an initialised process group; rank 0 leaves result.json."""
+    import deepspeed
+
+    from fluid_core.training.engine import device, quiet
+    from fluid_core.training.native import without_extensions
+
+    quiet()
+    if device().type == "cpu":
+        without_extensions()
+    deepspeed.init_distributed("nccl" if device().type == "cuda" else "gloo")
+    training = loop(recipe, settings)
+    result = training.run()
+    if training.rank == 0:
+        write_json_atomic(Path(settings.run_dir) / "result.json", result)
+
+
+def _has_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def _fit(recipe: Recipe, settings: RunSettings) -> None:
+    import ray
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    training = recipe.training
+    have = ray.cluster_resources()
+    for name, wanted in (("CPU", float(training.workers)), ("GPU", training.workers * training.gpus_per_worker)):
+        if have.get(name, 0.0) < wanted:
+            raise ValueError(
+                f"training asks for {wanted:g} {name}s and Ray has {have.get(name, 0.0):g}: lower training.workers"
+                + (" or training.gpus_per_worker" if name == "GPU" else "")
+            )
+    resources = {"CPU": 1.0} | ({"GPU": training.gpus_per_worker} if training.gpus_per_worker else {})
+    # Ray's own bookkeeping of the run; checkpoints are ours, so a name of its own each time.
+    scratch = Path(settings.run_dir) / "ray"
+
+    class Trainer(TorchTrainer):
+        def _register_sigint_handler(self, controller: Any) -> None:
+            """Ctrl-C is ours, it saves a checkpoint; Ray's handler would abort the workers."""
+
+    trainer = Trainer(
+        worker,
+        train_loop_config={
+            "recipe": recipe.model_dump(mode="json"),
+            "settings": asdict(settings),
+            "directory": os.getcwd(),
+            "threads": max(1, (os.cpu_count() or 1) // training.workers) if not training.gpus_per_worker else 4,
+        },
+        torch_config=TorchConfig(backend="nccl" if training.gpus_per_worker else "gloo"),
+        scaling_config=ScalingConfig(
+            num_workers=training.workers, use_gpu=training.gpus_per_worker > 0, resources_per_worker=resources
+        ),
+        run_config=RunConfig(  # type: ignore[call-arg]  # the checker sees the class of Train V1
+            name=f"pretrain-{uuid.uuid4().hex[:8]}",
+            storage_path=str(scratch),
+            failure_config=FailureConfig(max_failures=training.max_failures),
+            worker_runtime_env={} if training.gpus_per_worker else {"env_vars": KEEP_FREED_MEMORY},
+        ),
+    )
+    (Path(settings.run_dir) / "result.json").unlink(missing_ok=True)
+    try:
+        trainer.fit()
+    except Exception as error:
+        cause = _cause(error)
+        if isinstance(cause, ValueError):
+            raise ValueError(str(cause)) from None
+        raise RuntimeError(f"training failed: {cause or error}") from error
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _cause(error: BaseException) -> BaseException | None:
+    """The first user error among what the workers raised, or the first error."""
+    found = list(getattr(error, "worker_failures", {}).values())
+    for failure in found:
+        inner = getattr(failure, "cause", None) or failure.__cause__ or failure
+        if isinstance(inner, ValueError):
+            return inner
+    return found[0] if found else None
+
+
+@contextmanager
+def _only_driver(run_dir: Path) -> Iterator[None]:
+    with open(run_dir / ".driver.lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ValueError(
+                f"another process is training into {run_dir}: wait for it, or choose another training.run_name"
+            ) from None
+        yield
+
+
+@contextmanager
+def _stop_on_signals(run_dir: Path) -> Iterator[list[int]]:
+    """SIGTERM and the first Ctrl-C ask the workers to save and end; a second one ends at once."""
+    received: list[int] = []
+
+    def handle(number: int, _frame: Any) -> None:
+        if received:
+            raise KeyboardInterrupt
+        received.append(number)
+        print("stopping: the workers finish their step and save a checkpoint", file=sys.stderr, flush=True)
+        (run_dir / STOP_FILE).touch()
+
+    if threading.current_thread() is not threading.main_thread():
+        yield received
+        return
+    before = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        (run_dir / STOP_FILE).unlink(missing_ok=True)
+
+
+@contextmanager
+def _progress(path: Path, total: int) -> Iterator[None]:
+    """A line on stderr with step, loss, speed and time left, from what rank 0 writes."""
+    stop = threading.Event()
+    started = [len(read_metrics(path))]
+
+    def show() -> None:
+        with tqdm(total=total, initial=started[0], desc="pretrain", unit="step", dynamic_ncols=True) as bar:
+            position = 0
+            ending = False
+            while not ending:
+                ending = stop.wait(_POLL_SECONDS)
+                if not path.is_file():
+                    continue
+                if path.stat().st_size < position:  # went back to a checkpoint
+                    position = 0
+                with open(path) as file:
+                    file.seek(position)
+                    text = file.read()
+                whole = text[: text.rfind("\n") + 1]
+                position += len(whole.encode())
+                if whole:
+                    line = json.loads(whole.splitlines()[-1])
+                    if line["loss"] is not None:
+                        bar.set_postfix(loss=f"{line['loss']:.4f}", refresh=False)
+                    if line["step"] < bar.n:
+                        bar.reset(total)
+                    bar.update(line["step"] - bar.n)
+
+    thread = threading.Thread(target=show, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join(10.0)

@@ -1,0 +1,69 @@
+"""Train the model: Ray Train, DeepSpeed ZeRO, EMA, checkpoints; loss, speed and samples go to MLflow.
+
+    python pipelines/pretrain.py --config configs/demo.yaml
+    ray job submit --working-dir . -- python pipelines/pretrain.py --config configs/fluid-10b.yaml
+
+Killed or stopped (SIGTERM and Ctrl-C save a checkpoint first) and started again with the same recipe, it goes on exactly
+where the last complete checkpoint was. What another recipe left under the same run name needs --resume, or a new
+training.run_name.
+"""
+
+import argparse
+import sys
+
+from fluid_core.config import Recipe
+from fluid_core.entry import run_pipeline
+from fluid_core.latents.reader import EncodedDataset
+from fluid_core.training.checkpoint import latest_complete
+from fluid_core.training.loop import checkpoint_root
+from fluid_core.training.run import pretrain
+from fluid_core.workflow.stage import Stage
+
+# Settings that change how a run is carried out and watched, but not what it learns: a run goes on when they change.
+_CONDUCT = {
+    "run_name", "workers", "gpus_per_worker", "zero_stage", "micro_batch_size", "offload_optimizer", "activation_checkpointing",
+    "checkpoint_every", "keep_last", "keep_every", "checkpoint_path", "log_every", "validate_every", "validation_samples",
+    "sample_every", "sample_prompts", "max_failures", "watchdog_seconds",
+}  # fmt: skip
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--resume", action="store_true", help="go on with what is under the run's name, whatever recipe it was")
+
+
+def main(recipe: Recipe, args: argparse.Namespace) -> int:
+    training = recipe.training
+    paths = [item.path for item in training.datasets] or [recipe.encode.output]
+    hashes = [EncodedDataset(path).manifest.hash for path in paths]
+    weights = [item.weight for item in training.datasets]
+    learned = training.model_dump(mode="json", exclude=_CONDUCT | {"datasets"})
+    stage = Stage(recipe, "pretrain", config=[recipe.model, learned, weights, recipe.seed], inputs=hashes)
+    if training.run_name and training.run_name != recipe.name:
+        stage.path = recipe.training_dir / "stages" / "pretrain.json"
+    if stage.skip(args.force):
+        return 0
+    result = pretrain(recipe, stage.fingerprint, resume=args.resume, fresh=args.force)
+    if result["stopped"]:
+        print(
+            f"pretrain: stopped at step {result['step']}, checkpoint saved; the same command goes on from there",
+            file=sys.stderr,
+        )
+        return 128 + result["stopped"]
+    root = checkpoint_root(recipe, recipe.training_dir)
+    newest = latest_complete(root)
+    assert newest is not None
+    marker = (newest.path / "_COMPLETE").read_text().strip()
+    stage.finish(
+        [root, recipe.training_dir / "metrics.jsonl"],
+        metrics=result["metrics"],
+        output_digest=marker,
+        step=result["step"],
+        checkpoint=str(newest.path),
+    )
+    numbers = ", ".join(f"{name} {value:.4f}" for name, value in result["metrics"].items())
+    print(f"pretrain: {result['step']} steps{', ' + numbers if numbers else ''}; {newest.path}")
+    return 0
+
+
+if __name__ == "__main__":
+    run_pipeline(main, __doc__, add_arguments)

@@ -1,0 +1,147 @@
+"""pipelines/generate_batch.py: killed, run again, on S3; every line once, errors kept apart."""
+
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+from s3_support import ACCESS_KEY, BUCKET, SECRET_KEY, seaweed
+from serving_support import difference, small_recipe
+from tiny_fluid import tiny_pipeline
+
+from fluid_core.config import Recipe
+from fluid_core.data.storage import open_storage
+from fluid_core.serving.offline import OfflineJob
+from fluid_core.serving.provenance import read_provenance
+
+LINES = 64
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("offline")
+
+
+@pytest.fixture(scope="module")
+def recipe(folder: Path) -> Recipe:
+    pipeline = tiny_pipeline(folder)
+    pipeline.save_pretrained(folder / "bundle")
+    return small_recipe(folder, model=str(folder / "bundle"), max_batch_size=4, cost_per_replica_hour=3.6)
+
+
+@pytest.fixture(scope="module")
+def prompts(folder: Path) -> Path:
+    lines: list[Any] = [{"prompt": "a red circle", "seed": i, "steps": 2 + i % 3} for i in range(LINES)]
+    lines[5] = {"custom_id": "openai", "method": "POST", "url": "/v1/images/generations", "body": {"prompt": "a apple"}}
+    lines[6] = {"prompt": "a red circle", "size": "48x32", "seed": 1}
+    lines[10] = {"prompt": "a red circle", "steps": 500}
+    lines[11] = {"prompt": "circle " * 50}
+    lines[12] = {"prompt": "csam"}
+    text = "\n".join("{poison" if i == 13 else json.dumps(line) for i, line in enumerate(lines))
+    path = folder / "prompts.jsonl"
+    path.write_text(text + "\n")
+    return path
+
+
+def command(repository: Path, folder: Path, prompts: str, output: str, *more: str) -> list[str]:
+    script = str(repository / "pipelines/generate_batch.py")
+    return [sys.executable, script, "--config", str(folder / "recipe.yaml"), "--prompts", prompts, "--output", output, *more]
+
+
+def digests(output: Path) -> dict[str, str]:
+    """Every file of a finished job but those that hold times."""
+    return {
+        str(path.relative_to(output)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in output.rglob("*")
+        if path.is_file() and path.parts[-2] not in ("_ledger", "_tmp") and path.name != "summary.json"
+    }
+
+
+def test_killed_and_run_again_every_line_is_done_once(
+    ray_session: str, recipe: Recipe, folder: Path, prompts: Path, repository: Path
+) -> None:
+    output = folder / "out"
+    job = subprocess.Popen(
+        command(repository, folder, str(prompts), str(output), "--chunk", "4"),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    until = time.monotonic() + 300
+    while len(list(output.glob("_ledger/*.json"))) < 2 and job.poll() is None and time.monotonic() < until:
+        time.sleep(0.02)
+    os.kill(job.pid, signal.SIGKILL)
+    job.wait()
+    before = len(list(output.glob("_ledger/*.json")))
+    assert before >= 2
+
+    summary = OfflineJob(recipe, str(prompts), str(output), 4).run()
+    assert (summary["rows"], summary["images"], summary["failed"]) == (LINES, LINES - 4, 4)
+    assert summary["cost"] > 0
+    rows = [json.loads(line) for line in (output / "output.jsonl").read_text().splitlines()]
+    assert [row["line"] for row in rows] == [i + 1 for i in range(LINES) if i not in (10, 11, 12, 13)]
+    errors = [json.loads(line) for line in (output / "errors.jsonl").read_text().splitlines()]
+    assert [(row["line"], row["error"]["code"]) for row in errors] == [
+        (11, "invalid_value"), (12, "invalid_value"), (13, "content_policy_violation"), (14, "invalid_json_line"),
+    ]  # fmt: skip
+    pipeline = tiny_pipeline(folder / "again")
+    for index in (0, 6, 63):
+        row = next(row for row in rows if row["line"] == index + 1)
+        image = Image.open(output / row["image"])
+        size = (48, 32) if index == 6 else None
+        steps = None if index == 6 else 2 + index % 3
+        assert difference(image, pipeline(["a red circle"], seed=row["seed"], num_steps=steps, size=size)[0]) <= 1
+        assert (read_provenance(image) or {})["seed"] == row["seed"]
+    assert rows[5]["custom_id"] == "openai" and len(list(output.rglob("*.png"))) == LINES - 4
+
+    # Lost ledger entries and half a chunk: the same files come again.
+    whole = digests(output)
+    (output / "_ledger/000003.json").unlink()
+    shutil.rmtree(output / "images/000003")
+    (output / "output/000003.jsonl").write_text("half a li")
+    OfflineJob(recipe, str(prompts), str(output), 4).run()
+    assert digests(output) == whole
+
+    prompts_of_another = folder / "other.jsonl"
+    prompts_of_another.write_text('{"prompt": "a apple"}\n')
+    with pytest.raises(ValueError, match="another prompts"):
+        OfflineJob(recipe, str(prompts_of_another), str(output)).run()
+    with pytest.raises(ValueError, match="does not exist"):
+        OfflineJob(recipe, str(folder / "absent.jsonl"), str(folder / "out2")).run()
+
+
+@pytest.fixture
+def s3(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    with seaweed(tmp_path / "weed") as endpoint:
+        for name, value in (
+            ("AWS_ENDPOINT_URL", endpoint),
+            ("AWS_ACCESS_KEY_ID", ACCESS_KEY),
+            ("AWS_SECRET_ACCESS_KEY", SECRET_KEY),
+            ("AWS_REGION", "us-east-1"),
+        ):
+            monkeypatch.setenv(name, value)
+        yield f"s3://{BUCKET}"
+
+
+def test_from_s3_to_s3(ray_session: str, s3: str, recipe: Recipe) -> None:
+    from fluid_core.serving.ledger import JobLedger
+    from fluid_core.serving.offline import ChunkActor
+
+    data = b"".join(json.dumps({"prompt": "a red circle", "seed": i}).encode() + b"\n" for i in range(6))
+    open_storage(s3).put_bytes(data, "in/prompts.jsonl", overwrite=True)
+    job = OfflineJob(recipe, f"{s3}/in/prompts.jsonl", f"{s3}/out", 4)
+    # The actor runs here: Ray's workers of the shared session do not have this server's credentials.
+    actor = ChunkActor(job.recipe.model_dump(mode="json"), job.ref, job.prompts, job.output, job.plan().model_dump())
+    assert [int(actor({"chunk": [chunk]})["rows"][0]) for chunk in (0, 1)] == [4, 2]
+    summary = job.run()  # nothing is left to do but to collect
+    assert summary["images"] == 6 and len(JobLedger(job.storage).committed()) == 2
+    stored = {entry.name for entry in job.storage.list()}
+    assert {"output.jsonl", "summary.json", "images/000001/000000006.png"} <= stored

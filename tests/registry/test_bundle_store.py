@@ -1,0 +1,66 @@
+"""Bundles that lie on S3: copied up, fetched once, verified."""
+
+import json
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from s3_support import ACCESS_KEY, BUCKET, SECRET_KEY, seaweed
+from tiny_fluid import tiny_pipeline
+
+from fluid_core.data.storage import open_storage
+from fluid_core.generation.pipeline import FluidPipeline
+from fluid_core.registry.bundle_store import local_bundle, upload_bundle
+from fluid_core.serving.errors import ApiError
+from fluid_core.serving.files import FileStore
+
+
+@pytest.fixture(scope="module")
+def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    with seaweed(tmp_path_factory.mktemp("weed")) as endpoint, pytest.MonkeyPatch.context() as patch:
+        for name, value in (
+            ("AWS_ENDPOINT_URL", endpoint),
+            ("AWS_ACCESS_KEY_ID", ACCESS_KEY),
+            ("AWS_SECRET_ACCESS_KEY", SECRET_KEY),
+            ("AWS_REGION", "us-east-1"),
+        ):
+            patch.setenv(name, value)
+        yield f"s3://{BUCKET}"
+
+
+def test_up_and_down(s3: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FLUID_CACHE", str(tmp_path / "cache"))
+    pipeline = tiny_pipeline(tmp_path)
+    pipeline.save_pretrained(tmp_path / "bundle")
+    with pytest.raises(ValueError, match="not a complete model bundle"):
+        local_bundle(f"{s3}/bundles/one")
+    upload_bundle(tmp_path / "bundle", f"{s3}/bundles/one")
+    found: list[Path] = []
+    threads = [threading.Thread(target=lambda: found.append(local_bundle(f"{s3}/bundles/one"))) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(set(found)) == 1 and found[0].is_relative_to(tmp_path / "cache")
+    fetched = FluidPipeline.from_pretrained(found[0])
+    assert fetched(["a red circle"], seed=3)[0].tobytes() == pipeline(["a red circle"], seed=3)[0].tobytes()
+    assert local_bundle(str(tmp_path / "bundle")) == tmp_path / "bundle"
+
+    storage = open_storage(f"{s3}/bundles/two")
+    upload_bundle(tmp_path / "bundle", f"{s3}/bundles/two")
+    storage.put_bytes(b"{}", "config.json", overwrite=True)
+    with pytest.raises(ValueError, match=r"config\.json is not the file"):
+        local_bundle(f"{s3}/bundles/two")
+
+
+def test_the_files_of_clients_on_s3(s3: str, tmp_path: Path) -> None:
+    store = FileStore(open_storage(f"{s3}/serving"))
+    (tmp_path / "upload").write_text(json.dumps({"prompt": "x"}))
+    record = store.create(tmp_path / "upload", "/etc/in.jsonl", "batch", "key:ann")
+    assert [one.id for one in store.of_owner("key:ann")] == [record.id] and store.of_owner("key:bob") == []
+    assert b"".join(store.content(record.id, "key:ann")) == (tmp_path / "upload").read_bytes()
+    assert store.fetch(record.id, "key:ann", tmp_path / "down").read_bytes() == (tmp_path / "upload").read_bytes()
+    store.delete(record.id, "key:ann")
+    with pytest.raises(ApiError, match="404"):
+        store.get(record.id, "key:ann")

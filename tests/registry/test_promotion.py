@@ -1,0 +1,165 @@
+"""Promotion against a real MLflow registry: gates, aliases, rollback, two at once, killed ones."""
+
+import argparse
+import json
+import os
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from fake_run import add_checkpoint, fake_run
+
+from fluid_core.config import Recipe, RegistryConfig
+from fluid_core.generation.pipeline import FluidPipeline
+from fluid_core.registry.gates import images_gate, metric_gates, validation_gate
+from fluid_core.registry.model_registry import OWNER, STARTED, STATE, ModelRegistry, PromotionInProgress
+from fluid_core.registry.models import resolve_model
+from fluid_core.registry.promotion import promote
+from fluid_core.training.checkpoint import load_ema_state
+from fluid_core.workflow.stage import stage_record
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
+    return fake_run(tmp_path_factory.mktemp("registry"))
+
+
+def promote_here(recipe: Recipe, *arguments: str) -> int:
+    """pipelines/promote.py in this process: starting another one costs seconds."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--force", action="store_true")
+    pipeline = runpy.run_path(str(REPOSITORY / "pipelines/promote.py"))
+    pipeline["add_arguments"](parser)
+    return pipeline["main"](recipe, parser.parse_args(arguments))
+
+
+def run(repository: Path, recipe: Recipe, *arguments: str) -> subprocess.CompletedProcess[str]:
+    config = Path(recipe.runs_dir).parent / "recipe.yaml"
+    command = [sys.executable, str(repository / "pipelines/promote.py"), "--config", str(config), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+
+
+def test_a_checkpoint_becomes_champion_and_the_next_one_replaces_it(recipe: Recipe, repository: Path) -> None:
+    with pytest.raises(ValueError, match=r"pretrain\.py"):
+        promote(recipe)
+    add_checkpoint(recipe, 10, loss=0.5, seed=1)
+    done = run(repository, recipe)
+    assert done.returncode == 0, done.stderr
+    assert "version 1 is champion" in done.stdout and "alembic" not in done.stderr
+    record = stage_record(recipe, "promote")
+    assert record is not None and record["model"] == {"name": "unit", "version": "1", "alias": "champion"}
+
+    again = promote(recipe)
+    assert again.already and again.version == "1"
+
+    add_checkpoint(recipe, 20, loss=0.51, seed=2)
+    second = promote(recipe)
+    registry = ModelRegistry(recipe.registry)
+    assert second.crowned and registry.aliases() == {"champion": "2", "previous": "1"}
+
+    ref = resolve_model(None, recipe.registry)
+    assert (ref.label, ref.path, ref.alias) == ("unit:2", str(second.bundle), "champion")
+    version = registry.client.get_model_version("unit", "2")
+    assert version.source == str(second.bundle)
+    assert version.tags["fluid.bundle_sha256"] == second.bundle_sha256 and version.tags[STATE] == "promoted"
+    assert version.tags["fluid.step"] == "20" and version.tags["fluid.validation_loss"] == "0.51"
+    assert json.loads(version.tags["fluid.data"])[0]["uri"] == recipe.encode.output
+    card = (second.bundle / "README.md").read_text()
+    assert version.description == card and "passed: images" in card and "Apache-2.0" in card
+    assert "signature" in (second.bundle / "MLmodel").read_text()
+    # Registered by reference: the weights did not pass through MLflow.
+    stored = sum(p.stat().st_size for p in (Path(recipe.runs_dir) / "mlartifacts").rglob("*") if p.is_file())
+    assert not list((Path(recipe.runs_dir) / "mlartifacts").rglob("*.safetensors")) and stored < 2_000_000
+    mlflow_run = registry.client.get_run(version.run_id)
+    assert mlflow_run.data.metrics["gate/images"] == 1 and mlflow_run.info.status == "FINISHED"
+    FluidPipeline.from_pretrained("models:/unit@champion", tracking_uri=recipe.registry.tracking_uri)
+
+
+def test_a_worse_model_stays_candidate(recipe: Recipe, capsys: pytest.CaptureFixture[str]) -> None:
+    assert promote_here(recipe) == 0
+    add_checkpoint(recipe, 30, loss=0.9, seed=3)
+    assert promote_here(recipe) == 1
+    assert "stays candidate, refused by: validation_loss" in capsys.readouterr().err
+    registry = ModelRegistry(recipe.registry)
+    assert registry.aliases() == {"champion": "2", "previous": "1", "candidate": "3"}
+    assert registry.client.get_model_version("unit", "3").tags[STATE] == "refused"
+
+
+def test_rollback_swaps_champion_and_previous(recipe: Recipe) -> None:
+    assert promote_here(recipe, "--rollback") == 0
+    assert stage_record(recipe, "promote") is None
+    registry = ModelRegistry(recipe.registry)
+    assert registry.aliases()["champion"] == "1" and registry.aliases()["previous"] == "2"
+    assert registry.rollback() == ("2", "1")
+    with pytest.raises(ValueError, match="no previous version"):
+        ModelRegistry(recipe.registry.model_copy(update={"model_name": "empty"})).rollback()
+
+
+def test_two_promotions_at_once(recipe: Recipe) -> None:
+    first, second = ModelRegistry(recipe.registry), ModelRegistry(recipe.registry)
+    number = first.claim("/somewhere", None, {}, "")
+    with pytest.raises(PromotionInProgress, match=f"version {number} of unit is being promoted by"):
+        second.claim("/elsewhere", None, {}, "")
+    with pytest.raises(PromotionInProgress):
+        second.rollback()
+
+    # Both looked before either registered: the lower number goes on, the other is told and marked.
+    blind = ModelRegistry(recipe.registry)
+    seen = iter([[], blind.running()])
+    blind.running = lambda: next(seen)  # type: ignore[method-assign]
+    with pytest.raises(PromotionInProgress, match=f"version {number} "):
+        blind.claim("/elsewhere", None, {}, "")
+    lost = str(int(number) + 1)
+    assert first.client.get_model_version("unit", lost).tags[STATE] == "lost"
+
+    with pytest.raises(ValueError, match="changed meanwhile"):
+        first.crown(number, expected_champion="1")
+    first.settle(number, "failed")
+    assert first.claim("/third", None, {}, "") == str(int(lost) + 1)
+    first.settle(str(int(lost) + 1), "failed")
+
+
+def test_a_killed_promotion_does_not_block(recipe: Recipe) -> None:
+    registry = ModelRegistry(recipe.registry)
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    for owner, started in ((f"{os.uname().nodename}:{dead.pid}", "9999999999"), ("elsewhere:1", "1000")):
+        number = registry.claim("/somewhere", None, {}, "")
+        registry.client.set_model_version_tag("unit", number, OWNER, owner)
+        registry.client.set_model_version_tag("unit", number, STARTED, started)
+    registry.settle(registry.claim("/somewhere", None, {}, ""), "failed")
+
+
+def test_gates(recipe: Recipe) -> None:
+    config = RegistryConfig(max_validation_loss_increase=0.1, minimum_metrics={"shapes/all": 0.9, "absent": 0.1})
+    assert [gate.passed for gate in metric_gates(config, {"shapes/all": 0.95})] == [True, False]
+    assert validation_gate(config, 1.09, 1.0, True).passed and not validation_gate(config, 1.11, 1.0, True).passed
+    assert validation_gate(config, 5.0, 1.0, False).passed and validation_gate(config, 5.0, None, False).passed
+    assert not validation_gate(config, float("nan"), None, True).passed and not validation_gate(config, None, 1.0, True).passed
+
+    bundle = promote(recipe).bundle  # the worse one again
+    checkpoints = recipe.training_dir / "checkpoints"
+    pipeline = FluidPipeline.from_pretrained(bundle)
+    gate, _ = images_gate(pipeline, load_ema_state(checkpoints / "step_00000030"), ["a red circle"], 0)
+    assert gate.passed and gate.value == 0
+    pipeline = FluidPipeline.from_pretrained(bundle)
+    other, _ = images_gate(pipeline, load_ema_state(checkpoints / "step_00000010"), ["a red circle"], 0)
+    assert not other.passed and other.value is not None and np.isfinite(other.value)
+
+
+def test_a_damaged_bundle_is_refused(recipe: Recipe) -> None:
+    add_checkpoint(recipe, 40, loss=0.4, seed=4)
+    from fluid_core.registry.promotion import export, newest_checkpoint
+
+    bundle = export(recipe, *newest_checkpoint(recipe.training_dir, recipe))
+    weights = next(bundle.glob("model-*.safetensors"))
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    result = promote(recipe)
+    assert not result.crowned and [gate.name for gate in result.gates if not gate.passed] == ["bundle"]

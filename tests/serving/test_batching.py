@@ -1,0 +1,156 @@
+"""Continuous batching: images join, leave, are dropped, and come out as if they were alone."""
+
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from tiny_fluid import tiny_pipeline
+
+from fluid_core.generation.pipeline import FluidPipeline
+from fluid_core.serving.batching import Closed, ContinuousBatcher, Expired, Job, known_cells
+
+
+@pytest.fixture(scope="module")
+def pipeline(tmp_path_factory: pytest.TempPathFactory) -> FluidPipeline:
+    return tiny_pipeline(tmp_path_factory.mktemp("tiny"))
+
+
+class Client:
+    """Collects what a job reports."""
+
+    def __init__(self, pipeline: FluidPipeline, prompts: list[str], seed: int = 0, **settings: object):
+        requests = {name: settings.pop(name) for name in ("num_steps", "guidance_scale", "size") if name in settings}
+        self.images: dict[int, Image.Image] = {}
+        self.partials: list[tuple[int, int, list[bool]]] = []
+        self.error: BaseException | None = None
+        self.ended = threading.Event()
+        self.first = threading.Event()
+
+        def on_end(error: BaseException | None) -> None:
+            assert not self.ended.is_set()
+            self.error = error
+            self.ended.set()
+
+        def on_partial(index: int, image: Image.Image, slot: object) -> None:
+            self.partials.append((index, slot.step, known_cells(slot)))  # type: ignore[attr-defined, arg-type]
+            self.first.set()
+
+        self.job = Job(
+            count=len(prompts),
+            make_requests=lambda: pipeline.requests(prompts, seed=seed, **requests),  # type: ignore[arg-type]
+            on_image=lambda index, image, slot: self.images.__setitem__(index, image),
+            on_partial=on_partial,
+            on_end=on_end,
+            **settings,  # type: ignore[arg-type]
+        )
+
+    def wait(self) -> "Client":
+        assert self.ended.wait(60)
+        return self
+
+
+def same(a: Image.Image, b: Image.Image) -> bool:
+    return int(np.abs(np.asarray(a, np.int16) - np.asarray(b, np.int16)).max()) <= 1
+
+
+def test_images_are_the_same_alone_and_in_changing_company(pipeline: FluidPipeline) -> None:
+    batcher = ContinuousBatcher(pipeline, max_batch_size=3)
+    clients = [
+        Client(pipeline, ["a red circle", "a blue square"], seed=1),
+        Client(pipeline, ["three apple"], seed=7, num_steps=3),
+        Client(pipeline, ["a green circle"], seed=9, guidance_scale=1.0),
+        Client(pipeline, ["two square", "a apple", "the circle", "a red square"], seed=20, num_steps=11),
+        Client(pipeline, ["a red circle"], seed=3, size=(48, 32)),
+    ]
+    for client in clients:
+        batcher.submit(client.job)
+    for client in clients:
+        assert client.wait().error is None
+    batcher.close()
+    assert batcher.join(10)
+    expected = [
+        pipeline(["a red circle", "a blue square"], seed=1),
+        pipeline(["three apple"], seed=7, num_steps=3),
+        pipeline(["a green circle"], seed=9, guidance_scale=1.0),
+        pipeline(["two square", "a apple", "the circle", "a red square"], seed=20, num_steps=11),
+        pipeline(["a red circle"], seed=3, size=(48, 32)),
+    ]
+    for client, images in zip(clients, expected, strict=True):
+        assert len(client.images) == len(images)
+        assert all(same(client.images[i], image) for i, image in enumerate(images))
+    # Nine images in places for three: more steps than one batch of all, fewer than one after the other.
+    assert 11 < batcher.steps < 2 * 6 + 3 + 6 + 4 * 11 + 6
+
+
+def test_an_image_joins_a_running_batch(pipeline: FluidPipeline) -> None:
+    batcher = ContinuousBatcher(pipeline, max_batch_size=4)
+    long = Client(pipeline, ["a red circle"], num_steps=16, partial_images=15)
+    batcher.submit(long.job)
+    assert long.first.wait(30)
+    short = Client(pipeline, ["a blue circle"], num_steps=1)
+    batcher.submit(short.job)
+    short.wait()
+    assert not long.ended.is_set()
+    long.wait()
+    assert [step for _, step, _ in long.partials] == list(range(1, 16))
+    counts = [sum(known) for _, _, known in long.partials]
+    assert counts == sorted(counts) and counts[0] >= 1 and counts[-1] == 15
+    batcher.close()
+
+
+def test_bad_requests_deadlines_and_cancellation_touch_nobody_else(pipeline: FluidPipeline) -> None:
+    batcher = ContinuousBatcher(pipeline, max_batch_size=2)
+    neighbour = Client(pipeline, ["a red circle"], num_steps=16, partial_images=15)
+    batcher.submit(neighbour.job)
+    assert neighbour.first.wait(30)
+    wrong = Client(pipeline, ["a red circle"], num_steps=99)
+    late = Client(pipeline, ["a red circle"], deadline=time.monotonic() - 1)
+    gone = Client(pipeline, ["a red circle"] * 5)
+    gone.job.cancel()
+    for client in (wrong, late, gone):
+        batcher.submit(client.job)
+    assert isinstance(wrong.wait().error, ValueError) and "num_steps" in str(wrong.error)
+    assert isinstance(late.wait().error, Expired)
+    assert neighbour.wait().error is None
+    assert same(neighbour.images[0], pipeline(["a red circle"], num_steps=16)[0])
+    batcher.close()
+    assert batcher.join(10)
+    assert not gone.ended.is_set() and not gone.images
+    with pytest.raises(Closed):
+        batcher.submit(wrong.job)
+
+
+def test_interactive_jobs_go_before_background_jobs(pipeline: FluidPipeline) -> None:
+    batcher = ContinuousBatcher(pipeline, max_batch_size=1)
+    order: list[str] = []
+    first = Client(pipeline, ["a red circle"], num_steps=16, partial_images=15)
+    batcher.submit(first.job)
+    assert first.first.wait(30)
+    clients = []
+    for name, background in (("background", True), ("interactive", False)):
+        client = Client(pipeline, ["a apple"], background=background)
+        client.job.on_image = lambda *_, name=name: order.append(name)
+        clients.append(client)
+        batcher.submit(client.job)
+    for client in clients:
+        client.wait()
+    assert order == ["interactive", "background"]
+    batcher.close()
+
+
+def test_a_failing_batch_is_reported_and_the_next_works(pipeline: FluidPipeline, tmp_path: Path) -> None:
+    broken = tiny_pipeline(tmp_path)
+    batcher = ContinuousBatcher(broken, max_batch_size=2)
+    kept = broken.latent_mean
+    broken.latent_mean = [float("nan")] * 4
+    client = Client(broken, ["a red circle"])
+    batcher.submit(client.job)
+    assert isinstance(client.wait().error, FloatingPointError)
+    broken.latent_mean = kept
+    client = Client(broken, ["a red circle"])
+    batcher.submit(client.job)
+    assert client.wait().error is None and batcher.healthy(60)
+    batcher.close()

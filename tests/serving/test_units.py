@@ -1,0 +1,114 @@
+"""Parts of the server that need no server: keys, limits, safety, provenance, the ledger, batch lines."""
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from fluid_core.config import ServingConfig
+from fluid_core.data.storage import open_storage
+from fluid_core.serving import keys
+from fluid_core.serving.batch_rows import LineError, parse_body, parse_envelope
+from fluid_core.serving.errors import ApiError
+from fluid_core.serving.keys import Authenticator, RateLimiter, load_keys, new_key
+from fluid_core.serving.ledger import JobLedger, plan_lines, read_chunk
+from fluid_core.serving.provenance import png_bytes, read_provenance
+from fluid_core.serving.safety import BlockList, load_safety_hook
+
+
+def test_keys_are_kept_as_hashes(tmp_path: Path) -> None:
+    path = tmp_path / "keys"
+    ann, bob = new_key("ann", path), new_key("bob", path)
+    assert ann not in path.read_text() and path.stat().st_mode & 0o077 == 0
+    with pytest.raises(ValueError, match="already"):
+        new_key("ann", path)
+    authenticator = Authenticator(load_keys(path))
+    assert authenticator.client(f"Bearer {ann}", "x") == "key:ann"
+    assert authenticator.client(f"bearer {bob}", "x") == "key:bob"
+    for wrong in (None, "", "Bearer ", f"Bearer {ann}x", f"Basic {ann}", ann):
+        with pytest.raises(ApiError) as caught:
+            authenticator.client(wrong, "x")
+        assert caught.value.status == 401
+    (tmp_path / "plain").write_text(f"ann:{ann}\n")
+    with pytest.raises(ValueError, match="never the key itself"):
+        load_keys(tmp_path / "plain")
+    with pytest.raises(ValueError, match="--new-key"):
+        load_keys(tmp_path / "absent")
+
+
+def test_rate_limit_is_a_bucket_for_each_client(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(keys.time, "monotonic", lambda: now[0])
+    limiter = RateLimiter(6)
+    for _ in range(6):
+        limiter.take("ann")
+    with pytest.raises(ApiError) as caught:
+        limiter.take("ann")
+    assert caught.value.status == 429 and caught.value.headers()["Retry-After"] == "10"
+    limiter.take("bob")
+    now[0] = 10.5
+    limiter.take("ann")
+    with pytest.raises(ApiError):
+        limiter.take("ann")
+
+
+def test_the_block_list_sees_through_case_accents_and_spacing(tmp_path: Path) -> None:
+    (tmp_path / "words").write_text("# a comment\nbad thing\nÜbel\n")
+    hook = load_safety_hook(None, str(tmp_path / "words"))
+    assert hook.check_prompt("a BAD   thing!", None) and hook.check_prompt("so ubel", None)
+    assert hook.check_prompt("a badthing", None) is None and hook.check_prompt("a red circle", None) is None
+    assert BlockList([]).check_prompt("bad thing", None) is None
+    assert isinstance(load_safety_hook("fluid_core.serving.safety:BlockList", None), BlockList)
+    with pytest.raises(ValueError, match="write package"):
+        load_safety_hook("fluid_core.nothing:here", None)
+    with pytest.raises(ValueError, match="no effect beside"):
+        ServingConfig(safety_hook="a:b", blocked_words_file="words")
+
+
+def test_provenance_is_in_the_png_and_its_bytes_are_deterministic() -> None:
+    details = {"prompt": "ein roter Kreis ○", "seed": 1, "model": "unit:3", "licence": "Apache-2.0"}
+    image = Image.new("RGB", (8, 8), "red")
+    data = png_bytes(image, details)
+    assert data == png_bytes(image, dict(reversed(details.items())))
+    opened = Image.open(io.BytesIO(data))
+    assert read_provenance(opened) == details and opened.info["fluid:prompt"] == details["prompt"]
+    assert read_provenance(Image.open(io.BytesIO(png_bytes(image)))) is None
+
+
+def test_the_ledger_commits_a_chunk_once(tmp_path: Path) -> None:
+    path = tmp_path / "in.jsonl"
+    path.write_text("1\n\n2\n3\n4\n\n5")
+    with open(path, "rb") as file:
+        plan = plan_lines(file, 2, {})
+    assert plan.rows == 5 and plan.chunks == 3 and [plan.rows_of(c) for c in range(3)] == [2, 2, 1]
+    assert [read_chunk(path, plan, c) for c in range(3)] == [[b"1", b"2"], [b"3", b"4"], [b"5"]]
+    ledger = JobLedger(open_storage(str(tmp_path / "job")), "batches/x")
+    assert ledger.write_plan(plan) == plan
+    other = plan.model_copy(update={"rows": 9})
+    assert ledger.write_plan(other) == plan
+    assert ledger.commit(1, b"one\n", b"", 1, 0, 0.1, "m") and not ledger.commit(1, b"two\n", b"", 1, 0, 0.1, "m")
+    assert ledger.commit(0, b"zero\n", b"bad\n", 1, 1, 0.1, "m")
+    assert list(ledger.results("output", list(ledger.committed()))) == [b"zero\n", b"one\n"]
+    with open(tmp_path / "empty", "wb+") as file, pytest.raises(ValueError, match="no lines"):
+        plan_lines(file, 2, {})
+
+
+def test_batch_lines() -> None:
+    assert parse_envelope(b'{"prompt": "x"}', 4, plain=True) == ("4", {"prompt": "x"})
+    assert parse_envelope(b'{"custom_id": "a", "body": {"prompt": "x"}}', 4, plain=True) == ("a", {"prompt": "x"})
+    for line, code in (
+        (b"[]", "invalid_json_line"),
+        (b'{"custom_id": "a", "body": {}, "more": 1}', "unknown_field"),
+        (b'{"custom_id": 7, "body": {}}', "missing_required_parameter"),
+        (b'{"prompt": "x"}', "unknown_field"),
+    ):
+        with pytest.raises(LineError) as caught:
+            parse_envelope(line, 1, plain=False)
+        assert caught.value.code == code
+    first, again, other = (parse_body({"prompt": "x"}, job, 3).seed for job in ("a", "a", "b"))
+    assert first == again != other
+    with pytest.raises(ApiError):
+        parse_body({"prompt": "x", "stream": True}, "a", 1)
+    assert json.loads(parse_body({"prompt": "x", "seed": 5}, "a", 1).model_dump_json())["seed"] == 5

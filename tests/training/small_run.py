@@ -1,0 +1,148 @@
+"""A small encoded data set made by code, a recipe for it, and runs in plain gloo processes (Ray adds nothing to most tests)."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from fluid_core.config import Recipe, load_recipe
+from fluid_core.latents.manifest import Manifest, Shard
+from fluid_core.latents.writer import file_sha256, latents_writer, null_text, tensor_bytes, text_writer
+
+WIDTH = 16
+
+
+def write_dataset(
+    root: Path, rows: int = 48, shards: int = 2, group: int = 8, seed: int = 0, text_mode: str = "embeddings"
+) -> Path:
+    """`rows` random samples of 4x8x8 latents and captions of 2 to 6 tokens of width 16."""
+    generator = torch.Generator().manual_seed(seed)
+    (root / "latents").mkdir(parents=True)
+    (root / "text").mkdir()
+    entries = []
+    for shard in range(shards):
+        name = f"shard{shard:03d}"
+        latents = latents_writer(root / "latents" / f"{name}.parquet", "kl", False, {})
+        texts = text_writer(root / "text" / f"{name}.parquet", {})
+        groups = []
+        for first in range(0, rows // shards, group):
+            n = min(group, rows // shards - first)
+            keys = [f"{name}-{first + i:04d}" for i in range(n)]
+            moments = torch.cat(
+                (torch.randn(n, 4, 8, 8, generator=generator), torch.full((n, 4, 8, 8), -3.0)), dim=1
+            ).bfloat16()
+            lengths = [2 + (first + i) % 5 for i in range(n)]
+            states = [torch.randn(length, WIDTH, generator=generator).bfloat16() for length in lengths]
+            latents.write_group(
+                {
+                    "key": keys, "sha256": keys, "captions": [[f"caption {k}"] for k in keys], "width": [64] * n, "height": [64] * n,
+                    "crop": [[0, 0, 64, 64]] * n, "latent_size": [[8, 8]] * n,
+                    "token_ids": [[bytes(2 * length)] for length in lengths], "metadata": ["{}"] * n,
+                    "moments": tensor_bytes(moments),
+                }
+            )  # fmt: skip
+            texts.write_group({"key": keys, "embeddings": [[s.view(torch.int16).numpy().tobytes()] for s in states]})
+            groups.append(n)
+        latents.close()
+        texts.close()
+        file, text = root / "latents" / f"{name}.parquet", root / "text" / f"{name}.parquet"
+        entries.append(
+            Shard(
+                id=name, uri=name, rows=rows // shards, row_groups=groups, bytes=file.stat().st_size, sha256=file_sha256(file),
+                text_bytes=text.stat().st_size, text_sha256=file_sha256(text),
+            )
+        )  # fmt: skip
+    manifest = Manifest(
+        kind="kl", image_size=64, latent_shape=[4, 8, 8], encoders={"image": {}, "text": {"width": WIDTH, "max_tokens": 8}},
+        latent_mean=[0.0] * 4, latent_std=[1.0] * 4, text_mode=text_mode, text_dtype="bf16", token_dtype="uint16",
+        null_text=null_text([1], torch.zeros(1, WIDTH)), counts={"in": rows, "out": rows, "filtered": {}, "quarantined": {}},
+        shards=entries,
+    )  # fmt: skip
+    (root / "manifest.json").write_text(manifest.dumps())
+    return root
+
+
+def write_recipe(folder: Path, **training: Any) -> Path:
+    """A recipe beside its data, width 32 and 2 blocks, fp32 and everything drawn from seed 0."""
+    if not (folder / "data").exists():
+        write_dataset(folder / "data")
+        write_dataset(folder / "validation", rows=16, seed=1)
+    values = {
+        "name": "small", "runs_dir": str(folder / "runs"),
+        "data": {"image_size": 64}, "image_tokenizer": {"path": str(folder / "vae")}, "text_encoder": {"path": str(folder / "t5")},
+        "encode": {"output": str(folder / "data"), "validation_output": str(folder / "validation")},
+        "model": {
+            "preset": "fluid-tiny", "blocks": 2, "width": 32, "heads": 2, "aligner_blocks": 1, "head_blocks": 1, "grid": 4,
+            "text_width": WIDTH, "max_text_tokens": 8, "objective": "flow",
+        },
+        "training": {
+            "max_steps": 6, "batch_size": 12, "workers": 2, "precision": "fp32", "learning_rate": 1e-3, "schedule": "constant",
+            "muon_learning_rate": 3e-3, "warmup_steps": 2, "ema_decay": 0.9, "checkpoint_every": 2, "log_every": 1, "validate_every": 3,
+            "validation_samples": 16, "sample_every": 1000, "keep_last": 10, **training,
+        },
+        "registry": {"tracking_uri": f"sqlite:///{folder}/mlflow.db", "experiment": "small"},
+    }  # fmt: skip
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(values))
+    return path
+
+
+def small_recipe(folder: Path, **training: Any) -> Recipe:
+    return load_recipe(write_recipe(folder, **training))
+
+
+_WORKER = """
+import os, sys, json, torch
+sys.path.insert(0, {root!r}); sys.path.insert(0, {here!r})
+torch.set_num_threads(1)
+from fluid_core.config import Recipe
+from fluid_core.training.loop import RunSettings, TrainingLoop
+from fluid_core.training.run import run_worker
+import fluid_core.training.loop as module
+class NoTracker:  # MLflow takes longer to start than these runs; tests/faults trains with the real one
+    def __init__(self, *args, **kwargs): pass
+    def __getattr__(self, name): return lambda *args, **kwargs: None
+module.Tracker = NoTracker
+job = json.loads(sys.argv[1])
+loop = TrainingLoop
+{patch}
+run_worker(Recipe.model_validate(job["recipe"]), RunSettings(**job["settings"]), loop)
+torch.distributed.destroy_process_group()
+"""
+
+
+def start_workers(recipe: Recipe, patch: str = "", resume: bool = True, fingerprint: str = "f") -> list[subprocess.Popen[str]]:
+    """One process for each worker. `patch`: Python run before the loop starts, which may rebind `loop`."""
+    root = Path(__file__).resolve().parents[2]
+    code = _WORKER.format(root=str(root), here=str(root / "tests" / "training"), patch=patch)
+    settings = {
+        "run_dir": str(recipe.training_dir), "fingerprint": fingerprint, "tracking_uri": recipe.registry.tracking_uri, "resume": resume,
+    }  # fmt: skip
+    job = json.dumps({"recipe": recipe.model_dump(mode="json"), "settings": settings})
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    workers = []
+    for rank in range(recipe.training.workers):
+        environment = os.environ | {
+            "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(recipe.training.workers), "LOCAL_SIZE": "1",
+            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1",
+        }  # fmt: skip
+        command = [sys.executable, "-W", "ignore", "-c", code, job]
+        workers.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
+    return workers
+
+
+def run_workers(recipe: Recipe, patch: str = "", resume: bool = True, ok: bool = True) -> str:
+    """Start, wait, and return what they printed. With `ok` every worker must end well."""
+    workers = start_workers(recipe, patch, resume)
+    out = "".join(worker.communicate(timeout=500)[0] for worker in workers)
+    if ok:
+        assert all(worker.returncode == 0 for worker in workers), out[-6000:]
+    return out

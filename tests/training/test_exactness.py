@@ -1,0 +1,180 @@
+"""ZeRO-3 against a dense reference, and resumes that are exact: at the same world size to the bit, at others to rounding.
+
+One run of two gloo workers is the reference for everything here; Muon's groups and AdamW's are both in it.
+"""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from small_run import run_workers, small_recipe
+from torch import Tensor
+
+from fluid_core.cli import main
+from fluid_core.config import Recipe
+from fluid_core.latents.reader import EncodedDataset
+from fluid_core.model.fluid import FluidModel, hidden_matrices
+from fluid_core.training.checkpoint import latest_complete, list_checkpoints, load_ema_state
+from fluid_core.training.ema import ema_decay
+from fluid_core.training.loader import Loader, Slicing
+from fluid_core.training.metrics import read_metrics
+from fluid_core.training.optimizer import orthogonalise
+from fluid_core.training.schedule import learning_rate_factor
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
+    """Six steps, a checkpoint every two."""
+    recipe = small_recipe(tmp_path_factory.mktemp("reference"), optimizer="muon")
+    run_workers(recipe)
+    return recipe
+
+
+def _lines(recipe: Recipe) -> list[dict[str, Any]]:
+    lines = read_metrics(recipe.training_dir / "metrics.jsonl")
+    assert [line["step"] for line in lines] == list(range(1, recipe.training.max_steps + 1))
+    return lines
+
+
+def _continue_from(reference: Recipe, folder: Path, step: int, **training: Any) -> Recipe:
+    """A run that was killed after `step`'s checkpoint: later checkpoints never existed, metrics go one step further."""
+    recipe = reference.model_copy(update={"runs_dir": str(folder)})
+    recipe.training = reference.training.model_copy(update=training)
+    target = recipe.training_dir
+    shutil.copytree(reference.training_dir, target)
+    for checkpoint in list_checkpoints(target / "checkpoints"):
+        if checkpoint.step > step:
+            shutil.rmtree(checkpoint.path)
+    lines = (target / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (target / "metrics.jsonl").write_text("".join(lines[: step + 1]) + '{"step": 99, "cut o')
+    return recipe
+
+
+def test_zero3_equals_a_dense_single_process(reference: Recipe) -> None:
+    """Weights, EMA, loss and gradient norm after six steps of AdamW and Muon with global clipping."""
+    training = reference.training
+    loader = Loader([(EncodedDataset(reference.encode.output), 1.0)], reference.model, reference.seed, Slicing(12, 0, 1, None))
+    torch.manual_seed(reference.seed)
+    model = FluidModel(reference.model)
+    muon = {name for name, _ in hidden_matrices(model)}
+    ema = {name: p.detach().clone() for name, p in model.named_parameters()}
+    state: dict[str, list[Tensor]] = {name: [torch.zeros_like(p), torch.zeros_like(p)] for name, p in model.named_parameters()}
+    for line in _lines(reference):
+        step = line["step"]
+        batch = loader.batches((step - 1) * 12)[0]
+        model.zero_grad()
+        out = model(batch.tokens, batch.text_BLE, batch.text_mask_BL, loader.collator.null_text_LE, batch.draws)
+        loss = out.loss_sum / out.count
+        loss.backward()
+        norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), training.gradient_clip))
+        assert float(loss) == pytest.approx(line["loss"], abs=1e-5)
+        assert norm == pytest.approx(line["grad_norm"], rel=1e-4)
+        factor = learning_rate_factor(training, step)
+        with torch.no_grad():
+            for name, p in model.named_parameters():
+                first, second = state[name]
+                decays = p.ndim == 2 and not name.startswith("head.") and not any(w in name for w in ("embed", "position"))
+                if name in muon:
+                    first.lerp_(p.grad, 0.05)
+                    update = (
+                        orthogonalise(p.grad.lerp(first, 0.95)[None], training.muon_iterations)[0] * 0.2 * max(p.shape) ** 0.5
+                    )
+                    rate = training.muon_learning_rate * factor
+                else:
+                    first.lerp_(p.grad, 0.1)
+                    second.mul_(0.95).addcmul_(p.grad, p.grad, value=0.05)
+                    update = first / (1 - 0.9**step) / ((second / (1 - 0.95**step)).sqrt() + 1e-8)
+                    rate = training.learning_rate * factor
+                p.mul_(1 - rate * (training.weight_decay if decays else 0.0)).sub_(update, alpha=rate)
+                ema[name].lerp_(p, 1 - ema_decay(training.ema_decay, step - 1))
+    newest = latest_complete(reference.training_dir / "checkpoints", verify=True)
+    assert newest is not None and newest.step == 6
+    for kind, dense in (("master", dict(model.named_parameters())), ("ema", ema)):
+        for name, values in load_ema_state(newest.path, kind):
+            assert torch.allclose(values, dense[name], atol=2e-4), (kind, name, float((values - dense[name]).abs().max()))
+
+
+def test_resume_is_exact_to_the_bit(reference: Recipe, tmp_path: Path) -> None:
+    """From step 2 with step 4's checkpoint damaged: it is passed over with a message, and nothing differs afterwards."""
+    recipe = _continue_from(reference, tmp_path, step=4)
+    shard = recipe.training_dir / "checkpoints" / "step_00000004" / "rank_00001.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-7])
+    out = run_workers(recipe)
+    assert "passing over checkpoint step_00000004" in out and "bytes, expected" in out
+    timing = ("seconds", "images", "data_wait", "tflops", "memory", "checkpoint")
+    for ours, theirs in zip(_lines(recipe), _lines(reference), strict=True):
+        ours, theirs = ({k: v for k, v in line.items() if not k.startswith(timing)} for line in (ours, theirs))
+        assert ours == theirs
+    for rank in (0, 1):
+        name = f"checkpoints/step_00000006/rank_{rank:05d}.safetensors"
+        ours, theirs = (load_file(r.training_dir / name) for r in (recipe, reference))
+        assert ours.keys() == theirs.keys() and {key.split("/")[0] for key in ours} == {
+            "master",
+            "ema",
+            "exp_avg",
+            "exp_avg_sq",
+            "momentum",
+        }
+        assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+    validation = read_metrics(recipe.training_dir / "validation.jsonl")[-1]
+    assert validation == read_metrics(reference.training_dir / "validation.jsonl")[-1]
+
+
+def test_resume_at_other_world_sizes(reference: Recipe, tmp_path: Path) -> None:
+    """2 -> 1 -> 3 workers, and from ZeRO-3 to 1 to 2: the same samples and losses within rounding."""
+    one = _continue_from(reference, tmp_path / "one", step=2, workers=1, max_steps=4, zero_stage=1)
+    run_workers(one)
+    three = one.model_copy(update={"training": one.training.model_copy(update={"workers": 3, "max_steps": 6, "zero_stage": 2})})
+    run_workers(three)
+    sizes = [c.state["world_size"] for c in list_checkpoints(three.training_dir / "checkpoints")]
+    assert sizes == [2, 1, 3]
+    for ours, theirs in zip(_lines(three), _lines(reference), strict=True):
+        assert ours["keys_sha256"] == theirs["keys_sha256"] and ours["samples"] == theirs["samples"]
+        assert ours["loss"] == pytest.approx(theirs["loss"], abs=1e-5)
+        assert ours["grad_norm_head"] == pytest.approx(theirs["grad_norm_head"], rel=1e-3)
+    ours, theirs = (dict(load_ema_state(r.training_dir / "checkpoints" / "step_00000006")) for r in (three, reference))
+    assert all(torch.allclose(ours[name], theirs[name], atol=1e-4) for name in theirs)
+
+
+def test_another_model_or_data_set_is_refused(reference: Recipe, tmp_path: Path) -> None:
+    recipe = _continue_from(reference, tmp_path, step=6, workers=1, max_steps=7)
+    state = recipe.training_dir / "checkpoints" / "step_00000006" / "state.json"
+    from fluid_core.workflow.stage import file_sha256
+
+    def forge(change: dict[str, Any]) -> None:
+        state.write_text(json.dumps(json.loads(state.read_text()) | change))
+        (state.parent / "_COMPLETE").write_text(file_sha256(state))
+
+    forge({"datasets": ["other"]})
+    assert "was trained on other data" in run_workers(recipe, ok=False)
+
+
+def test_checkpoints_command_lists_verifies_and_pins(
+    reference: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = _continue_from(reference, tmp_path, step=4)
+    run = str(recipe.training_dir)
+
+    def call(*arguments: str) -> tuple[int, list[dict[str, Any]]]:
+        with pytest.raises(SystemExit) as end:
+            main(["checkpoints", run, "--json", *arguments])
+        return int(end.value.code or 0), json.loads(capsys.readouterr().out)
+
+    code, rows = call("--pin", "2")
+    assert code == 0 and [(r["step"], r["complete"], r["world_size"], r["pinned"]) for r in rows] == [
+        (2, True, 2, True),
+        (4, True, 2, False),
+    ]
+    assert all(r["bytes"] > 10_000 for r in rows)
+    shard = recipe.training_dir / "checkpoints" / "step_00000004" / "rank_00000.safetensors"
+    data = bytearray(shard.read_bytes())
+    data[-3] ^= 1
+    shard.write_bytes(bytes(data))
+    code, rows = call("--verify")
+    assert code == 1 and rows[0]["problem"] is None and "wrong checksum" in rows[1]["problem"]
+    shard.unlink()
+    assert "missing" in call("--verify")[1][1]["problem"]

@@ -1,0 +1,71 @@
+"""Muon's orthogonalisation, the schedule, and the health policy."""
+
+import math
+
+import pytest
+import torch
+
+from fluid_core.config import TrainingConfig
+from fluid_core.training.ema import ema_decay
+from fluid_core.training.health import HealthPolicy
+from fluid_core.training.metrics import BinnedLoss
+from fluid_core.training.optimizer import orthogonalise
+from fluid_core.training.schedule import learning_rate_factor
+
+
+@pytest.mark.parametrize("shape", [(32, 32), (16, 64), (64, 16)])
+def test_orthogonalise_brings_singular_values_near_one(shape: tuple[int, int]) -> None:
+    torch.manual_seed(0)
+    matrices = torch.randn(3, *shape)
+    result = orthogonalise(matrices, 6)
+    assert result.shape == matrices.shape
+    u, s, vh = torch.linalg.svd(matrices, full_matrices=False)
+    well = s > 0.05 * s[:, :1]
+    values = torch.linalg.svdvals(result)
+    assert bool((values[well] > 0.85).all()) and bool((values < 1.15).all())
+    # The same singular vectors: the result is the polar factor.
+    assert float((result - u @ vh).norm() / (u @ vh).norm()) < 0.1
+    in_bf16 = orthogonalise(matrices.bfloat16(), 5)
+    assert float((in_bf16.float() - u @ vh).norm() / (u @ vh).norm()) < 0.2
+    assert torch.isfinite(orthogonalise(torch.zeros(1, 4, 8), 5)).all()
+
+
+def test_schedules() -> None:
+    constant = TrainingConfig(max_steps=100, warmup_steps=10, schedule="constant")
+    assert [learning_rate_factor(constant, s) for s in (1, 10, 100)] == [0.1, 1.0, 1.0]
+    cosine = constant.model_copy(update={"schedule": "cosine"})
+    assert learning_rate_factor(cosine, 55) == pytest.approx(0.5) and learning_rate_factor(cosine, 100) == pytest.approx(0.0)
+    linear = constant.model_copy(update={"schedule": "linear_decay", "decay_fraction": 0.5})
+    assert learning_rate_factor(linear, 50) == 1.0
+    assert [learning_rate_factor(linear, s) for s in (51, 76, 100)] == pytest.approx([1.0, 0.5, 0.02])
+
+
+def test_ema_warms_up() -> None:
+    assert ema_decay(0.9999, 0) == pytest.approx(0.1)
+    assert ema_decay(0.9999, 10**6) == 0.9999
+
+
+def test_health_policy_strikes_and_recovers() -> None:
+    policy = HealthPolicy(spike_factor=5.0, max_strikes=2)
+    for _ in range(60):
+        assert policy.reason(1.0, 2.0) is None
+        policy.record(2.0, None)
+    assert "times its mean" in (policy.reason(1.0, 11.0) or "")
+    assert "loss is nan" in (policy.reason(math.nan, 1.0) or "")
+    assert policy.reason(1.0, -1.0) == "gradient norm is not finite" == policy.reason(1.0, math.inf)
+    assert not policy.record(11.0, "x")
+    assert not policy.record(2.0, None), "a good step forgives"
+    assert not policy.record(11.0, "x")
+    assert policy.record(11.0, "x")
+    again = HealthPolicy(5.0, 2)
+    again.load(policy.state())
+    assert again.state() == policy.state()
+
+
+def test_binned_losses() -> None:
+    bins = BinnedLoss()
+    bins.add(torch.tensor([1.0, 3.0, 5.0]), torch.tensor([0.1, 0.15, 0.99]), torch.tensor([0.5, 0.5, 1.0]))
+    assert bins.read() == {
+        "loss_timestep/0.0-0.2": 2.0, "loss_timestep/0.8-1.0": 5.0, "loss_mask_ratio/0.4-0.6": 2.0, "loss_mask_ratio/0.8-1.0": 5.0,
+    }  # fmt: skip
+    assert bins.read() == {}

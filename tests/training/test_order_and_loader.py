@@ -1,0 +1,123 @@
+"""The order of samples and the batches made of it: pure functions of the position, the same at any world size."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from small_run import small_recipe, write_dataset
+
+from fluid_core.latents.reader import EncodedDataset
+from fluid_core.training.loader import Loader, Slicing, check_datasets
+from fluid_core.training.order import BLOCK, DatasetOrder, MixtureOrder
+
+
+def test_every_epoch_is_another_permutation_in_windows() -> None:
+    groups = [(s, g, 5) for s in range(3) for g in range(4)]
+    order = DatasetOrder(groups, "hash", 0, window=20)
+    seen = []
+    for epoch in (0, 1):
+        windows = order.windows(epoch)
+        assert [w.rows for w in windows] == [20, 20, 20] and [w.start for w in windows] == [0, 20, 40]
+        assert sorted(g for w in windows for g in w.groups) == groups
+        assert all(sorted(order.places(epoch, k)) == list(range(20)) for k in range(3))
+        seen.append([g for w in windows for g in w.groups])
+    assert seen[0] != seen[1]
+    assert DatasetOrder(groups, "hash", 0, window=20).windows(1) == order.windows(1)
+    assert DatasetOrder(groups, "other", 0, window=20).windows(0) != order.windows(0)
+
+
+def test_mixture_keeps_its_shares_and_can_be_inverted() -> None:
+    mixture = MixtureOrder([3.0, 1.0], seed=1)
+    located = [mixture.locate(p) for p in range(2 * BLOCK)]
+    for dataset, share in ((0, 0.75), (1, 0.25)):
+        own = [p for p, (d, _) in enumerate(located) if d == dataset]
+        assert len(own) == share * 2 * BLOCK
+        assert [located[p][1] for p in own] == list(range(len(own)))
+        assert mixture.global_positions(dataset, 10, len(own) - 7).tolist() == own[10:-7]
+    with pytest.raises(ValueError, match="weight"):
+        MixtureOrder([1.0, 1e-6], seed=0)
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_dataset(tmp_path_factory.mktemp("loader") / "data")
+
+
+def _loader(root: Path, folder: Path, rank: int, world_size: int, micro: int | None = None, window: int = 16) -> Loader:
+    recipe = small_recipe(folder)
+    data = EncodedDataset(str(root))
+    return Loader([(data, 1.0)], recipe.model, 0, Slicing(12, rank, world_size, micro), window)
+
+
+def test_same_global_batches_at_any_world_size_and_micro_batch(root: Path, tmp_path: Path) -> None:
+    whole = [_loader(root, tmp_path, 0, 1).batches(start)[0] for start in (0, 12, 48)]
+    for world_size, micro in ((2, None), (3, 2), (2, 3)):
+        loaders = [_loader(root, tmp_path, rank, world_size, micro) for rank in range(world_size)]
+        for reference, start in zip(whole, (0, 12, 48), strict=True):
+            found = {}
+            for loader in loaders:
+                for batch in loader.batches(start):
+                    for i, position in enumerate(batch.positions):
+                        found[position] = (batch.keys[i], batch.tokens[i], batch.draws.mask_BN[i])
+            assert sorted(found) == reference.positions
+            for i, position in enumerate(reference.positions):
+                key, tokens, mask = found[position]
+                assert key == reference.keys[i]
+                assert torch.equal(tokens, reference.tokens[i]) and torch.equal(mask, reference.draws.mask_BN[i])
+
+
+def test_an_epoch_holds_every_row_once_and_epochs_draw_anew(root: Path, tmp_path: Path) -> None:
+    loader = _loader(root, tmp_path, 0, 1)
+    first = [b for start in range(0, 48, 12) for b in loader.batches(start)]
+    keys = [key for batch in first for key in batch.keys]
+    assert len(set(keys)) == 48
+    second = [b for start in range(48, 96, 12) for b in loader.batches(start)]
+    assert [k for b in second for k in b.keys] != keys
+    place = {key: batch.tokens[i] for batch in second for i, key in enumerate(batch.keys)}
+    assert not torch.equal(place[keys[0]], first[0].tokens[0])
+
+
+def test_stream_starts_anywhere_and_raises_what_the_thread_met(root: Path, tmp_path: Path) -> None:
+    loader = _loader(root, tmp_path, 0, 1)
+    stream = loader.stream(24)
+    assert next(stream)[0].keys == loader.batches(24)[0].keys
+    stream.close()
+    copy = tmp_path / "copy"
+    write_dataset(copy)
+    broken = _loader(copy, tmp_path, 0, 1)
+    (copy / "latents" / "shard001.parquet").unlink()
+    with pytest.raises(ValueError, match=r"shard001\.parquet is missing"):
+        for _ in zip(range(8), broken.stream(0), strict=False):
+            pass
+
+
+def test_text_is_padded_to_the_longest_caption_in_eights(root: Path, tmp_path: Path) -> None:
+    batch = _loader(root, tmp_path, 0, 1).batches(0)[0]
+    assert batch.text_BLE.shape == (12, 8, 16)
+    assert int(batch.text_mask_BL.sum(1).max()) <= 6 and bool(batch.text_mask_BL.any(1).all())
+    assert not bool(batch.text_BLE[~batch.text_mask_BL].any())
+
+
+def test_data_of_another_geometry_or_encoder_is_refused(root: Path, tmp_path: Path) -> None:
+    model = small_recipe(tmp_path).model
+    data = EncodedDataset(str(root))
+    check_datasets([(data, 1.0)], model, {})
+    with pytest.raises(ValueError, match="latent shape"):
+        check_datasets([(data, 1.0)], model.model_copy(update={"grid": 8}), {})
+    with pytest.raises(ValueError, match="text width 16"):
+        check_datasets([(data, 1.0)], model.model_copy(update={"text_width": 4096}), {})
+    with pytest.raises(ValueError, match="kind kl"):
+        check_datasets([(data, 1.0)], model.model_copy(update={"tokens": "discrete"}), {})
+    data.manifest.encoders["image"]["sha256"] = "a" * 64
+    with pytest.raises(ValueError, match="another image encoder"):
+        check_datasets([(data, 1.0)], model, {"image": {"sha256": "b" * 64}})
+
+
+def test_batches_that_cannot_be_divided_are_refused() -> None:
+    with pytest.raises(ValueError, match="3 workers"):
+        Slicing(8, 0, 3, None)
+    with pytest.raises(ValueError, match="micro_batch_size 5"):
+        Slicing(12, 0, 2, 5)
+    mine = [Slicing(12, rank, 2, 3).mine(np.arange(24)) for rank in (0, 1)]
+    assert np.array_equal(mine[0], ~mine[1])

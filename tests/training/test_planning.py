@@ -1,0 +1,128 @@
+"""The planner against what can be measured here, and every recipe built on the meta device."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from small_run import small_recipe
+from torch.utils.flop_counter import FlopCounterMode
+
+from fluid_core.cli import main
+from fluid_core.config import PRESETS, ModelConfig, TrainingConfig, load_recipe
+from fluid_core.model.draws import draw_training
+from fluid_core.model.fluid import FluidModel
+from fluid_core.planning import activation_bytes, count_parameters, forward_flops, memory_per_gpu, plan, variants
+from fluid_core.training.engine import deepspeed_config, parameter_groups
+
+RECIPES = ["fluid-166m", "fluid-369m", "fluid-665m", "fluid-1b", "fluid-3b", "fluid-10b"]
+
+
+def _batch(model: ModelConfig, size: int) -> tuple[torch.Tensor, ...]:
+    draws = draw_training(model, torch.arange(size), model.num_tokens)
+    tokens = torch.randn(size, model.num_tokens, model.token_channels)
+    if model.tokens == "discrete":
+        tokens = torch.randint(model.codebook_size, (size, model.num_tokens))
+    text = torch.randn(size, model.max_text_tokens, model.text_width)
+    return tokens, text, torch.ones(size, model.max_text_tokens, dtype=torch.bool), text[0], draws
+
+
+@pytest.mark.parametrize("change", [{}, {"objective": "eps"}, {"tokens": "discrete"}, {"order": "raster"}])
+def test_analytic_flops_are_those_that_torch_counts(tmp_path: Path, change: dict[str, str]) -> None:
+    model = small_recipe(tmp_path).model.model_copy(update=change)
+    built = FluidModel(model)
+    batch = _batch(model, 8)
+    with FlopCounterMode(display=False) as counter:
+        built(*batch)
+    masked = batch[-1].count / 8
+    assert counter.get_total_flops() / 8 == pytest.approx(forward_flops(model, masked_tokens=masked), rel=0.01)
+
+
+def test_activation_memory_is_what_autograd_keeps(tmp_path: Path) -> None:
+    recipe = small_recipe(tmp_path)
+    model = recipe.model.model_copy(update={"masked_tokens_per_image": 10})
+    built = FluidModel(model)
+    weights = {p.untyped_storage().data_ptr() for p in built.parameters()}
+    kept: dict[int, int] = {}
+
+    def pack(t: torch.Tensor) -> torch.Tensor:
+        if t.untyped_storage().data_ptr() not in weights:
+            kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        loss = built(*_batch(model, 6)).loss_sum
+    assert loss.requires_grad
+    assert activation_bytes(model, recipe.training, 6) == pytest.approx(sum(kept.values()), rel=0.1)
+    less = recipe.training.model_copy(update={"activation_checkpointing": True})
+    deep = model.model_copy(update={"blocks": 8})
+    assert activation_bytes(deep, less, 6) < 0.6 * activation_bytes(deep, recipe.training, 6)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_builds_and_fits(repository: Path, name: str) -> None:
+    recipe = load_recipe(repository / "configs" / f"{name}.yaml")
+    training = recipe.training
+    assert (training.batch_size, training.learning_rate, training.warmup_steps, training.ema_decay) == (
+        2048,
+        1e-4,
+        65_000,
+        0.9999,
+    )
+    expected = PRESETS[recipe.model.preset].paper_parameters
+    parameters = count_parameters(recipe.model, training).total
+    assert expected is not None and parameters == pytest.approx(expected, rel=0.05)
+    with torch.device("meta"):
+        groups = parameter_groups(FluidModel(recipe.model), training)
+    assert sum(p.numel() for g in groups for p in g["params"]) == parameters
+    assert {(g["part"], g["weight_decay"]) for g in groups} == {("trunk", 0.02), ("trunk", 0.0), ("head", 0.0)}
+    config = deepspeed_config(training, training.workers, parameters, on_gpu=True)
+    micro, accumulate = config["train_micro_batch_size_per_gpu"], config["gradient_accumulation_steps"]
+    assert micro * accumulate * training.workers == config["train_batch_size"] == 2048
+    result = plan(recipe.model, training, training.workers, "h100", 0.35, 2.048e9, 1.0)
+    assert result.fits, result
+
+
+def test_zero3_partitions_of_the_largest_recipe(repository: Path) -> None:
+    """Shapes only: every element of 10.5B parameters has exactly one place among 64 workers."""
+    recipe = load_recipe(repository / "configs" / "fluid-10b.yaml")
+    with torch.device("meta"):
+        shapes = {name: p.shape for name, p in FluidModel(recipe.model).named_parameters()}
+    total, largest = 0, 0
+    for shape in shapes.values():
+        numel = shape.numel()
+        piece = -(-numel // 64)
+        held = [max(0, min(piece, numel - rank * piece)) for rank in range(64)]
+        assert sum(held) == numel
+        total += numel
+        largest += piece
+    assert largest * 64 < 1.001 * total, "padding is negligible"
+
+
+def test_stages_and_offload_move_memory_as_expected() -> None:
+    model = ModelConfig(preset="fluid-369m")
+    training = TrainingConfig(batch_size=64, workers=8, micro_batch_size=8)
+    p = count_parameters(model, training)
+    by_stage = [memory_per_gpu(model, training.model_copy(update={"zero_stage": s}), 8, p) for s in range(4)]
+    assert by_stage[0]["optimizer"] == 8 * p.total and by_stage[3]["optimizer"] == p.total
+    assert by_stage[3]["parameters"] < 0.5 * by_stage[2]["parameters"] and by_stage[2]["gradients"] < by_stage[1]["gradients"]
+    offloaded = memory_per_gpu(model, training.model_copy(update={"offload_optimizer": True}), 8, p)
+    assert offloaded["optimizer"] == 0 and offloaded["host"] > p.total
+    assert len(variants(training)) == 14
+
+
+def test_plan_command(repository: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = str(repository / "configs" / "fluid-10b.yaml")
+
+    def run(*arguments: str) -> tuple[int, dict[str, object]]:
+        with pytest.raises(SystemExit) as end:
+            main(["plan", "--config", config, "--gpu", "h100", "--json", *arguments])
+        return int(end.value.code or 0), json.loads(capsys.readouterr().out)
+
+    code, result = run("--gpus", "64")
+    assert code == 0 and result["fits"] and set(result) >= {
+        "parameters", "memory_per_gpu_gib", "checkpoint_gib", "images_per_second", "days", "cost_usd", "fits", "advice",
+    }  # fmt: skip
+    assert result["checkpoint_gib"] == pytest.approx(16 * result["parameters"] / 2**30, rel=0.01)  # type: ignore[operator]
+    code, result = run("--gpus", "2", "--set", "training.activation_checkpointing=false")
+    assert code == 1 and "activation_checkpointing: true" in str(result["advice"])
