@@ -141,7 +141,7 @@ def activation_bytes(model: ModelConfig, training: TrainingConfig, micro_batch: 
             times_RK=torch.ones(R, K), noise_RKC=torch.ones(R, K, C), count=K,
         )  # fmt: skip
         text, mask = torch.empty(B, L, model.text_width), torch.ones(B, L, dtype=torch.bool)
-        autocast = torch.autocast("cpu", torch.bfloat16, enabled=training.precision == "bf16")
+        autocast = torch.autocast("cpu", torch.bfloat16, enabled=training.precision != "fp32")
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), autocast:
             built(tokens, text, mask, torch.empty(1, model.text_width), draws)
         total = 0

@@ -24,7 +24,7 @@ class TrainingConfig(Section):
     zero_stage: Literal[0, 1, 2, 3] = 3
     offload_optimizer: bool = False
     activation_checkpointing: bool = False
-    precision: Literal["bf16", "fp32"] = "bf16"
+    precision: Literal["auto", "bf16", "fp32"] = Field("auto", description="auto: bf16 where the device computes it, else fp32")
 
     optimizer: Literal["adamw", "muon"] = "adamw"
     learning_rate: float = Field(1e-4, gt=0)

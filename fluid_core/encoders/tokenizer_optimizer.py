@@ -4,14 +4,47 @@ Muon orthogonalises the update of a matrix; a convolution kernel (out, in, k, k)
 map from a patch to the output channels. On a small convolutional tokenizer it needs about half of AdamW's steps.
 """
 
+from collections import defaultdict
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fluid_core.config import TokenizerTrainingConfig
+from fluid_core.muon import orthogonalise
+from fluid_core.precision import computes_bf16
 
 ENDS = ("conv_in", "conv_out", "quant_conv", "quantize")
+
+
+class KernelMuon(torch.optim.Optimizer):
+    """Muon for convolution kernels. Not torch's own, which orthogonalises in bf16: on most CPUs that is emulated."""
+
+    def __init__(self, kernels: list[nn.Parameter], lr: float, momentum: float = 0.95, iterations: int = 4):
+        super().__init__(kernels, {"lr": lr, "momentum": momentum, "iterations": iterations})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            by_shape: dict[tuple[int, int], list[nn.Parameter]] = defaultdict(list)
+            for p in group["params"]:
+                by_shape[(p.shape[0], p[0].numel())].append(p)
+            for shape, kernels in by_shape.items():
+                self._step(kernels, shape, group)
+
+    def _step(self, kernels: list[nn.Parameter], shape: tuple[int, int], group: dict[str, Any]) -> None:
+        updates = []
+        for p in kernels:
+            assert p.grad is not None
+            momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
+            momentum.lerp_(p.grad, 1 - group["momentum"])
+            updates.append(p.grad.lerp(momentum, group["momentum"]).reshape(shape))
+        dtype = torch.bfloat16 if computes_bf16(kernels[0].device) else torch.float32
+        directions = orthogonalise(torch.stack(updates).to(dtype), group["iterations"])
+        # 0.2 sqrt(max(rows, cols)) gives the update AdamW's usual size (Liu et al., arXiv 2502.16982).
+        rate = group["lr"] * 0.2 * max(shape) ** 0.5
+        for p, direction in zip(kernels, directions, strict=True):
+            p.sub_(direction.reshape(p.shape), alpha=rate)
 
 
 class TokenizerOptimizer:
@@ -26,15 +59,8 @@ class TokenizerOptimizer:
             torch.optim.AdamW(rest, lr=config.learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
         ]
         self.rates = [config.learning_rate]
-        # Matrices over the kernels' own memory: torch's Muon takes 2-D tensors only.
-        self.kernels: list[tuple[nn.Parameter, Tensor]] = [(p, p.detach().view(p.shape[0], -1)) for p in hidden]
-        if self.kernels:
-            matrices = [matrix for _, matrix in self.kernels]
-            self.optimizers.append(
-                torch.optim.Muon(
-                    matrices, lr=config.muon_learning_rate, weight_decay=0.0, momentum=0.95, adjust_lr_fn="match_rms_adamw"
-                )
-            )
+        if hidden:
+            self.optimizers.append(KernelMuon(hidden, lr=config.muon_learning_rate))
             self.rates.append(config.muon_learning_rate)
 
     def zero_grad(self) -> None:
@@ -44,9 +70,6 @@ class TokenizerOptimizer:
     def step(self, factor: float) -> None:
         """One update with each learning rate times `factor`, after clipping the gradient's norm to 1."""
         torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
-        for kernel, matrix in self.kernels:
-            assert kernel.grad is not None
-            matrix.grad = kernel.grad.reshape(matrix.shape)
         for optimizer, rate in zip(self.optimizers, self.rates, strict=True):
             for group in optimizer.param_groups:
                 group["lr"] = rate * factor

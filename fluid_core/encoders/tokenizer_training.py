@@ -21,6 +21,7 @@ from fluid_core.encoders.image import DiffusersModel, ImageTokenizer
 from fluid_core.encoders.pixels import PixelSet, open_pixels, to_float
 from fluid_core.encoders.quality import reconstruction_grid, reconstruction_psnr
 from fluid_core.encoders.tokenizer_optimizer import TokenizerOptimizer
+from fluid_core.precision import computes_bf16
 from fluid_core.random import normal, sample_keys
 from fluid_core.workflow.stage import write_json_atomic
 
@@ -81,7 +82,7 @@ def train_tokenizer_worker(settings: dict[str, Any]) -> None:
     first = _load(work, settings["fingerprint"], model, optimizer, average)
     if codebook is not None and first and rank == 0:
         codebook.used = torch.load(work / CHECKPOINT, weights_only=True)["used"]
-    replicated = DistributedDataParallel(module) if world > 1 else module
+    replicated = DistributedDataParallel(module, gradient_as_bucket_view=True) if world > 1 else module
 
     stride = config.pixel_unshuffle * 2 ** (len(config.block_out_channels) - 1)
     latent_shape = (config.latent_channels, settings["image_size"] // stride, settings["image_size"] // stride)
@@ -90,7 +91,7 @@ def train_tokenizer_worker(settings: dict[str, Any]) -> None:
         images = to_float(mixture.batch(step, config.batch_size, rank, world).to(device))
         ids = step * config.batch_size + rank * config.batch_size // world + torch.arange(len(images))
         noise = normal(sample_keys(seed, ids), 0, latent_shape).to(device)
-        with torch.autocast(device.type, torch.bfloat16):
+        with torch.autocast(device.type, torch.bfloat16, enabled=computes_bf16(device)):
             loss, parts, hidden = replicated(images, noise)
         optimizer.zero_grad()
         loss.backward()

@@ -13,6 +13,7 @@ from torch import nn
 from fluid_core.config import ModelConfig, TrainingConfig
 from fluid_core.model.fluid import FluidModel, hidden_matrices
 from fluid_core.planning import BUCKET, PERSISTENT_MODEL, PREFETCH, SUB_GROUP
+from fluid_core.precision import uses_bf16
 from fluid_core.training.optimizer import FluidOptimizer
 from fluid_core.training.partitions import Partitions
 
@@ -59,8 +60,9 @@ def parameter_groups(model: nn.Module, training: TrainingConfig) -> list[dict[st
     ]
 
 
-def deepspeed_config(training: TrainingConfig, world_size: int, parameters: int, on_gpu: bool) -> dict[str, Any]:
-    """What `deepspeed.initialize` is given. Parameters are fp32 and the trunk computes in bf16 under autocast."""
+def deepspeed_config(training: TrainingConfig, world_size: int, parameters: int, on: torch.device) -> dict[str, Any]:
+    """What `deepspeed.initialize` is given. Parameters are fp32; with bf16 the trunk computes in it under autocast."""
+    on_gpu = on.type == "cuda"
     micro = training.micro_batch_size or max(1, training.batch_size // world_size)
     small = parameters < PERSISTENT_MODEL
     zero: dict[str, Any] = {"stage": training.zero_stage}
@@ -92,7 +94,7 @@ def deepspeed_config(training: TrainingConfig, world_size: int, parameters: int,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "torch_autocast": {
-            "enabled": training.precision == "bf16",
+            "enabled": uses_bf16(training.precision, on),
             "dtype": "bfloat16",
             # Trunk and aligner weights travel in bf16 between GPUs; the head has linear layers of its own and stays fp32.
             "lower_precision_safe_modules": ["fluid_core.model.layers.Linear"] if on_gpu else [],
@@ -121,7 +123,7 @@ class Engine:
             os.environ.setdefault("DS_ACCELERATOR", "cpu")
         with torch.device("meta"):
             self.parameters = sum(p.numel() for p in FluidModel(model_config).parameters())
-        config = deepspeed_config(training, self.world_size, self.parameters, self.device.type == "cuda")
+        config = deepspeed_config(training, self.world_size, self.parameters, self.device)
         # The same seed on every worker at any world size: ZeRO broadcasts rank 0's values anyway, piece by piece.
         torch.manual_seed(seed)
         with deepspeed.zero.Init(config_dict_or_path=config) if training.zero_stage == 3 else contextlib.nullcontext():
@@ -129,7 +131,7 @@ class Engine:
         self.optimizer = FluidOptimizer(
             parameter_groups(model, training),
             iterations=training.muon_iterations,
-            dtype=torch.bfloat16 if training.precision == "bf16" else torch.float32,
+            dtype=torch.bfloat16 if uses_bf16(training.precision, self.device) else torch.float32,
         )
         self.ds, *_ = deepspeed.initialize(model=model, optimizer=self.optimizer, config=config, dist_init_required=False)
         self.model: nn.Module = self.ds.module

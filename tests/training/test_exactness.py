@@ -18,11 +18,11 @@ from fluid_core.cli import main
 from fluid_core.config import Recipe
 from fluid_core.latents.reader import EncodedDataset
 from fluid_core.model.fluid import FluidModel, hidden_matrices
+from fluid_core.muon import orthogonalise
 from fluid_core.training.checkpoint import latest_complete, list_checkpoints, load_ema_state
 from fluid_core.training.ema import ema_decay
 from fluid_core.training.loader import Loader, Slicing
 from fluid_core.training.metrics import read_metrics
-from fluid_core.training.optimizer import orthogonalise
 from fluid_core.training.schedule import learning_rate_factor
 
 

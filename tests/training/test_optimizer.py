@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from fluid_core.config import TrainingConfig
+from fluid_core.muon import orthogonalise
 from fluid_core.training.ema import ema_decay
 from fluid_core.training.health import HealthPolicy
 from fluid_core.training.metrics import BinnedLoss
-from fluid_core.training.optimizer import orthogonalise
 from fluid_core.training.schedule import learning_rate_factor
 
 

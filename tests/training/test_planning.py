@@ -76,7 +76,7 @@ def test_every_recipe_builds_and_fits(repository: Path, name: str) -> None:
         groups = parameter_groups(FluidModel(recipe.model), training)
     assert sum(p.numel() for g in groups for p in g["params"]) == parameters
     assert {(g["part"], g["weight_decay"]) for g in groups} == {("trunk", 0.02), ("trunk", 0.0), ("head", 0.0)}
-    config = deepspeed_config(training, training.workers, parameters, on_gpu=True)
+    config = deepspeed_config(training, training.workers, parameters, torch.device("cuda"))
     micro, accumulate = config["train_micro_batch_size_per_gpu"], config["gradient_accumulation_steps"]
     assert micro * accumulate * training.workers == config["train_batch_size"] == 2048
     result = plan(recipe.model, training, training.workers, "h100", 0.35, 2.048e9, 1.0)
