@@ -23,6 +23,15 @@ from fluid_core.config import Recipe, load_recipe
 ProgramError = (ValueError, FileNotFoundError, PermissionError, ConnectionError)
 """What a user can mend. Anything else is a defect of ours and keeps its traceback."""
 
+KEEP_FREED_MEMORY = {
+    "MALLOC_ARENA_MAX": "1",
+    "MALLOC_MMAP_THRESHOLD_": str(1 << 30),
+    "MALLOC_TRIM_THRESHOLD_": str(8 << 30),
+    "MALLOC_TOP_PAD_": str(64 << 20),
+}
+"""For workers that compute on the CPU: glibc gives large buffers back to the system when they are freed, and every step gets
+them again page by page. Kept instead, a step of the demo takes a fifth less time (docs/training.md)."""
+
 
 def pipeline_parser(doc: str | None, stages: Sequence[str] | None = None) -> argparse.ArgumentParser:
     """The arguments that every pipeline takes; with `stages` (the workflow) `--force` wants the name of one of them."""

@@ -19,7 +19,7 @@ from fluid_core.data.shard_writer import require_disk
 from fluid_core.encoders.autoencoder import build_tokenizer
 from fluid_core.encoders.pixels import collect_pixels, list_tars, open_pixels
 from fluid_core.encoders.tokenizer_training import PROGRESS, Mixture, train_tokenizer_worker
-from fluid_core.entry import ray_session
+from fluid_core.entry import KEEP_FREED_MEMORY, ray_session
 from fluid_core.registry.tracking import Tracker
 from fluid_core.workflow.stage import write_json_atomic
 
@@ -126,10 +126,11 @@ def _fit(config: TokenizerTrainingConfig, settings: dict[str, Any], work: Path) 
             num_workers=config.workers, use_gpu=config.gpus_per_worker > 0, resources_per_worker=resources
         ),
         # A name of its own each time: Ray would go on with a run of the same name, and our checkpoint is what counts.
-        run_config=RunConfig(
+        run_config=RunConfig(  # type: ignore[call-arg]  # the checker sees the class of Train V1
             name=f"train_tokenizer-{uuid.uuid4().hex[:8]}",
             storage_path=str((work / "ray").resolve()),
             failure_config=FailureConfig(max_failures=3),
+            worker_runtime_env={} if config.gpus_per_worker else {"env_vars": KEEP_FREED_MEMORY},
         ),
     ).fit()
 

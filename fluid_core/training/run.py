@@ -17,7 +17,7 @@ from typing import Any
 from tqdm import tqdm
 
 from fluid_core.config import Recipe
-from fluid_core.entry import ray_session
+from fluid_core.entry import KEEP_FREED_MEMORY, ray_session
 from fluid_core.latents.reader import EncodedDataset
 from fluid_core.registry.tracking import Tracker
 from fluid_core.training.checkpoint import latest_complete, list_checkpoints
@@ -27,14 +27,6 @@ from fluid_core.training.metrics import read_metrics
 from fluid_core.workflow.stage import write_json_atomic
 
 _POLL_SECONDS = 0.5
-KEEP_FREED_MEMORY = {
-    "MALLOC_ARENA_MAX": "1",
-    "MALLOC_MMAP_THRESHOLD_": str(1 << 30),
-    "MALLOC_TRIM_THRESHOLD_": str(8 << 30),
-    "MALLOC_TOP_PAD_": str(64 << 20),
-}
-"""For workers that compute on the CPU: glibc gives large buffers back to the system when they are freed, and every step gets
-them again page by page. Kept instead, a step of the demo takes a fifth less time (docs/training.md)."""
 
 
 def pretrain(recipe: Recipe, fingerprint: str, resume: bool = False, fresh: bool = False) -> dict[str, Any]:

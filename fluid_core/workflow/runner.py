@@ -103,13 +103,13 @@ class Workflow:
                     # Ray puts a handler of its own over ours, which prints a stack.
                     signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM))
                     ray_started = True
-                before = self._record_sha256(stage)
+                before = self._record_written(stage)
                 known = self.state["stages"].get(stage, {}).get("digest")
                 _say(f"[{number}/{len(self.stages)}] {stage}")
                 started = time.monotonic()
                 self._run_stage(stage, environment)
                 seconds = time.monotonic() - started
-                outcome[stage] = "skipped" if self._record_sha256(stage) == before else "done"
+                outcome[stage] = "skipped" if self._record_written(stage) == before else "done"
                 digest = stage_digest(self.recipe, stage)
                 # A stage that was redone with the same result leaves those after it as they are.
                 redone = redone or known != digest
@@ -182,6 +182,11 @@ class Workflow:
     def _record_sha256(self, stage: str) -> str | None:
         path = self.recipe.run_dir / "stages" / f"{stage}.json"
         return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
+
+    def _record_written(self, stage: str) -> int | None:
+        """When the record was written, in ns: a stage that was redone may leave the very same record."""
+        path = self.recipe.run_dir / "stages" / f"{stage}.json"
+        return path.stat().st_mtime_ns if path.is_file() else None
 
     def _untouched(self, stage: str) -> bool:
         seen = self.state["stages"].get(stage, {})
