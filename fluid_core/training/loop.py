@@ -206,7 +206,7 @@ class TrainingLoop:
             engine.backward(out.loss_sum * (self.world_size / count))
             clock.lap("backward")
             total += out.loss_sum.detach().double().cpu()
-            self.bins.add(out.per_token, out.timesteps, out.mask_ratio)
+            self.bins.add(out.per_token, out.timesteps, out.mask_ratio, out.weights)
             if index == len(batches) - 1:
                 total = total.to(engine.device)
                 dist.all_reduce(total)

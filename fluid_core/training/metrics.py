@@ -41,17 +41,23 @@ class MetricsFile:
 
 
 class BinnedLoss:
-    """Sums and counts of the loss in equal bins of the diffusion timestep and of the mask ratio; add, all-reduce, read."""
+    """Sums and counts of the loss in equal bins of the diffusion timestep and of the mask ratio; add, all-reduce, read.
+
+    A token counts as much as it does in the loss (FluidLoss.weights), and padding not at all: the bins' sums add up to the
+    loss.
+    """
 
     def __init__(self) -> None:
         self.table = torch.zeros(2, 2, BINS, dtype=torch.float64)
 
-    def add(self, per_token: Tensor, timesteps: Tensor, mask_ratio: Tensor) -> None:
-        losses = per_token.detach().double().cpu()
+    def add(self, per_token: Tensor, timesteps: Tensor, mask_ratio: Tensor, weights: Tensor) -> None:
+        """All of one length, as in a FluidLoss."""
+        counts = weights.detach().double().cpu()
+        losses = per_token.detach().double().cpu() * counts
         for row, values in enumerate((timesteps, mask_ratio)):
             index = (values.detach().cpu() * BINS).long().clamp(0, BINS - 1)
             self.table[row, 0].index_add_(0, index, losses)
-            self.table[row, 1].index_add_(0, index, torch.ones_like(losses))
+            self.table[row, 1].index_add_(0, index, counts)
 
     def read(self, names: Iterable[str] = ("timestep", "mask_ratio")) -> dict[str, float]:
         """{"loss_timestep/0.0-0.2": mean, ...} of the bins that hold anything; empties the table."""

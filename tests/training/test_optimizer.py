@@ -4,8 +4,10 @@ import math
 
 import pytest
 import torch
+from tiny_fluid import padded, texts, tiny_model
 
 from fluid_core.config import TrainingConfig
+from fluid_core.model.draws import draw_training
 from fluid_core.muon import orthogonalise
 from fluid_core.training.ema import ema_decay
 from fluid_core.training.health import HealthPolicy
@@ -64,8 +66,23 @@ def test_health_policy_strikes_and_recovers() -> None:
 
 def test_binned_losses() -> None:
     bins = BinnedLoss()
-    bins.add(torch.tensor([1.0, 3.0, 5.0]), torch.tensor([0.1, 0.15, 0.99]), torch.tensor([0.5, 0.5, 1.0]))
+    times, ratios = torch.tensor([0.1, 0.15, 0.99, 0.99]), torch.tensor([0.5, 0.5, 1.0, 1.0])
+    bins.add(torch.tensor([1.0, 3.0, 5.0, 1e6]), times, ratios, torch.tensor([3.0, 1.0, 1.0, 0.0]))
     assert bins.read() == {
-        "loss_timestep/0.0-0.2": 2.0, "loss_timestep/0.8-1.0": 5.0, "loss_mask_ratio/0.4-0.6": 2.0, "loss_mask_ratio/0.8-1.0": 5.0,
+        "loss_timestep/0.0-0.2": 1.5, "loss_timestep/0.8-1.0": 5.0, "loss_mask_ratio/0.4-0.6": 1.5, "loss_mask_ratio/0.8-1.0": 5.0,
     }  # fmt: skip
     assert bins.read() == {}
+
+
+def test_binned_losses_add_up_to_the_loss_when_only_some_masked_tokens_are_drawn() -> None:
+    model = tiny_model(masked_tokens_per_image=12)
+    draws = draw_training(model.config, torch.arange(8), model.config.num_tokens)
+    assert bool((draws.weights_K == 0).any()), "a picture with fewer masked tokens is padded"
+    text, mask = padded(texts(8))
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randn(8, model.config.num_tokens, model.config.token_channels, generator=generator)
+    out = model(tokens, text, mask, texts(1)[0], draws)
+    bins = BinnedLoss()
+    bins.add(out.per_token, out.timesteps, out.mask_ratio, out.weights)
+    for sums, counts in bins.table:
+        assert float(sums.sum() / counts.sum()) == pytest.approx(float(out.loss_sum.detach()) / out.count, rel=1e-5)
