@@ -3,12 +3,14 @@
 Shapes: N image tokens, L text tokens, E text width, D trunk width, W head width, C token channels, K masked tokens, R timesteps.
 """
 
+import json
 import math
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
-from fluid_core.config import ModelConfig, TrainingConfig
+from fluid_core.config import ModelConfig, Recipe, TrainingConfig
 
 TIME_CHANNELS = 256
 PERSISTENT_MODEL = 50_000_000
@@ -158,12 +160,56 @@ def activation_bytes(model: ModelConfig, training: TrainingConfig, micro_batch: 
     return int(per_image * micro_batch)
 
 
+_T5_V1_1 = {512: (8, 6, 1024), 768: (12, 12, 2048), 1024: (24, 16, 2816), 2048: (24, 32, 5120), 4096: (24, 64, 10240)}
+"""Layers, heads and feed-forward width of T5 v1.1's encoders (small, base, large, xl, xxl) by their width."""
+T5_TOKENS_PER_BATCH = 8192
+"""Text tokens that the frozen encoder takes at a time."""
+
+
+def text_encoder_bytes(recipe: Recipe, micro_batch: int) -> tuple[int, int]:
+    """(weights, working memory) of the frozen T5 that encodes captions in each worker; nothing with stored embeddings.
+
+    Its shape is that of the folder `text_encoder.path`, or of T5 v1.1 of the model's text width for a hub id.
+
+    Raises:
+        ValueError: neither is known.
+    """
+    if recipe.encode.text.mode == "embeddings":
+        return 0, 0
+    section, width = recipe.text_encoder, recipe.model.text_width
+    file = Path(section.path) / "config.json"
+    if file.is_file():
+        c = json.loads(file.read_text())
+        layers, heads, feed, vocabulary = c["num_layers"], c["num_heads"], c["d_ff"], c["vocab_size"]
+        inner, matrices = heads * c["d_kv"], 3 if c["feed_forward_proj"].startswith("gated") else 2
+    elif width in _T5_V1_1:
+        layers, heads, feed = _T5_V1_1[width]
+        inner, matrices, vocabulary = heads * 64, 3, 32128
+    else:
+        raise ValueError(f"the size of text_encoder.path {section.path} is not known here: give a folder to plan with")
+    element = 2 if section.dtype == "bf16" else 4
+    layer = 4 * width * inner + matrices * width * feed + 2 * width
+    parameters = vocabulary * width + layers * layer + 32 * heads + width
+    tokens = min(T5_TOKENS_PER_BATCH, micro_batch * section.max_tokens)
+    # The larger of a feed-forward and of an attention with its scores, whose softmax is fp32.
+    attention = element * 4 * inner + heads * section.max_tokens * (element + 4)
+    working = tokens * (2 * element * width + max(element * matrices * feed, attention))
+    return parameters * element, working
+
+
 def memory_per_gpu(
-    model: ModelConfig, training: TrainingConfig, gpus: int, parameters: Parameters | None = None
+    model: ModelConfig,
+    training: TrainingConfig,
+    gpus: int,
+    parameters: Parameters | None = None,
+    text_encoder: float = 0.0,
 ) -> dict[str, float]:
     """Bytes on one GPU by kind: fp32 masters, gradients, optimizer, EMA, gathered weights, communication, activations.
 
     What `offload_optimizer` moves to the host is under `host`.
+
+    Args:
+        text_encoder: bytes of a text encoder in the worker (`text_encoder_bytes`), whole on each GPU.
     """
     p = parameters or count_parameters(model, training)
     share = 1 / gpus
@@ -188,6 +234,8 @@ def memory_per_gpu(
         "communication": 2.0 * bucket,
         "activations": float(activation_bytes(model, training, micro)),
     }
+    if text_encoder:
+        out["text_encoder"] = text_encoder
     if training.offload_optimizer:
         # Optimizer states, their masters, gradients in fp32, and the EMA that follows them.
         out["host"] = states + ema + 8 * p.total * share
@@ -225,12 +273,14 @@ def plan(
     samples: float,
     node_write_gbps: float,
     usd_per_hour: float | None = None,
+    text_encoder: float = 0.0,
 ) -> Plan:
     """Memory, time and cost of `samples` images on `gpus` GPUs of a kind.
 
     Args:
         mfu: model FLOPs utilisation to assume; measure yours with a short run.
         node_write_gbps: GB/s that a node of 8 GPUs writes checkpoints with.
+        text_encoder: as in `memory_per_gpu`. Its time is not counted.
     """
     if gpu not in GPUS:
         raise ValueError(f"unknown gpu {gpu!r}; one of {', '.join(GPUS)}")
@@ -238,7 +288,7 @@ def plan(
         raise ValueError(f"training.batch_size {training.batch_size} is not a multiple of {gpus} GPUs")
     kind = GPUS[gpu]
     p = count_parameters(model, training)
-    memory = memory_per_gpu(model, training, gpus, p)
+    memory = memory_per_gpu(model, training, gpus, p, text_encoder)
     rate = kind.peak * mfu * gpus / training_flops(model)
     days = samples / rate / 86400
     on_gpu = sum(v for k, v in memory.items() if k != "host")
@@ -254,7 +304,7 @@ def plan(
         days=round(days, 2),
         cost_usd=round(days * 24 * gpus * (kind.usd_per_hour if usd_per_hour is None else usd_per_hour)),
         fits=fits,
-        advice="" if fits else _advice(model, training, gpus, kind, p),
+        advice="" if fits else _advice(model, training, gpus, kind, p, text_encoder),
     )
 
 
@@ -270,9 +320,9 @@ def variants(training: TrainingConfig) -> list[TrainingConfig]:
     return out
 
 
-def _advice(model: ModelConfig, training: TrainingConfig, gpus: int, kind: Gpu, p: Parameters) -> str:
+def _advice(model: ModelConfig, training: TrainingConfig, gpus: int, kind: Gpu, p: Parameters, text_encoder: float) -> str:
     def fits(candidate: TrainingConfig, number: int = gpus) -> bool:
-        memory = memory_per_gpu(model, candidate, number, p)
+        memory = memory_per_gpu(model, candidate, number, p, text_encoder)
         return sum(v for k, v in memory.items() if k != "host") <= FULL * kind.memory
 
     micro = training.micro_batch_size or max(1, training.batch_size // gpus)

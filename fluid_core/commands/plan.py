@@ -11,7 +11,7 @@ import json
 from dataclasses import asdict
 
 from fluid_core.config import load_recipe
-from fluid_core.planning import GPUS, plan, variants
+from fluid_core.planning import GPUS, plan, text_encoder_bytes, variants
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,11 +35,14 @@ def run(args: argparse.Namespace) -> int:
     recipe = load_recipe(args.config, [*args.overrides, f"training.workers={args.gpus}"])
     training = recipe.training
     samples = args.samples or float(training.max_steps * training.batch_size)
-    result = plan(recipe.model, training, args.gpus, args.gpu, args.mfu, samples, args.write, args.usd)
+    micro = training.micro_batch_size or max(1, training.batch_size // args.gpus)
+    text_encoder = float(sum(text_encoder_bytes(recipe, micro)))
+    assumed = (args.mfu, samples, args.write, args.usd, text_encoder)
+    result = plan(recipe.model, training, args.gpus, args.gpu, *assumed)
     if args.what_if:
         rows = []
         for variant in variants(training):
-            p = plan(recipe.model, variant, args.gpus, args.gpu, args.mfu, samples, args.write, args.usd)
+            p = plan(recipe.model, variant, args.gpus, args.gpu, *assumed)
             rows.append(
                 {
                     "zero_stage": variant.zero_stage,

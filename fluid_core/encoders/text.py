@@ -15,9 +15,9 @@ from torch import Tensor
 from transformers import AutoTokenizer, T5EncoderModel
 
 from fluid_core.encoders.source import load_pretrained, weights_sha256
+from fluid_core.planning import T5_TOKENS_PER_BATCH
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-TOKENS_PER_BATCH = 8192
 
 
 class TextEncoder:
@@ -100,7 +100,7 @@ class TextEncoder:
             by_length[len(row)].append(index)
         states: list[Tensor | None] = [None] * len(ids)
         for length, indices in sorted(by_length.items()):
-            step = max(1, TOKENS_PER_BATCH // length)
+            step = max(1, T5_TOKENS_PER_BATCH // length)
             for start in range(0, len(indices), step):
                 part = indices[start : start + step]
                 batch = torch.tensor([ids[i] for i in part], dtype=torch.int64, device=self.device)

@@ -8,21 +8,41 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import yaml
 
 from fluid_core.config import Recipe, load_recipe
+from fluid_core.encoders.text import TextEncoder
 from fluid_core.latents.manifest import Manifest, Shard
 from fluid_core.latents.writer import file_sha256, latents_writer, null_text, tensor_bytes, text_writer
 
 WIDTH = 16
 
 
+def write_encoders(folder: Path) -> TextEncoder:
+    """The encoders that `write_recipe` names, `folder`/vae and `folder`/t5, with random weights. Returns the T5, in bf16."""
+    from tiny_fluid import tiny_pipeline
+
+    tiny_pipeline(folder).image_tokenizer.save_pretrained(folder / "vae")
+    return TextEncoder.from_pretrained(folder / "t5", max_tokens=8)
+
+
 def write_dataset(
-    root: Path, rows: int = 48, shards: int = 2, group: int = 8, seed: int = 0, text_mode: str = "embeddings"
+    root: Path,
+    rows: int = 48,
+    shards: int = 2,
+    group: int = 8,
+    seed: int = 0,
+    text_mode: str = "embeddings",
+    text_encoder: TextEncoder | None = None,
 ) -> Path:
-    """`rows` random samples of 4x8x8 latents and captions of 2 to 6 tokens of width 16."""
+    """`rows` random samples of 4x8x8 latents and captions of 2 to 6 tokens of width 16.
+
+    With a `text_encoder` the states are its own for random token ids.
+    """
     generator = torch.Generator().manual_seed(seed)
+    null = torch.zeros(1, WIDTH) if text_encoder is None else text_encoder.encode_ids([[1]])[0]
     (root / "latents").mkdir(parents=True)
     (root / "text").mkdir()
     entries = []
@@ -39,11 +59,14 @@ def write_dataset(
             ).bfloat16()
             lengths = [2 + (first + i) % 5 for i in range(n)]
             states = [torch.randn(length, WIDTH, generator=generator).bfloat16() for length in lengths]
+            ids = [torch.randint(3, 30, (length,), generator=generator).tolist() for length in lengths]
+            if text_encoder is not None:
+                states = text_encoder.encode_ids(ids)
             latents.write_group(
                 {
                     "key": keys, "sha256": keys, "captions": [[f"caption {k}"] for k in keys], "width": [64] * n, "height": [64] * n,
                     "crop": [[0, 0, 64, 64]] * n, "latent_size": [[8, 8]] * n,
-                    "token_ids": [[bytes(2 * length)] for length in lengths], "metadata": ["{}"] * n,
+                    "token_ids": [[np.array(row, dtype="<u2").tobytes()] for row in ids], "metadata": ["{}"] * n,
                     "moments": tensor_bytes(moments),
                 }
             )  # fmt: skip
@@ -61,21 +84,22 @@ def write_dataset(
     manifest = Manifest(
         kind="kl", image_size=64, latent_shape=[4, 8, 8], encoders={"image": {}, "text": {"width": WIDTH, "max_tokens": 8}},
         latent_mean=[0.0] * 4, latent_std=[1.0] * 4, text_mode=text_mode, text_dtype="bf16", token_dtype="uint16",
-        null_text=null_text([1], torch.zeros(1, WIDTH)), counts={"in": rows, "out": rows, "filtered": {}, "quarantined": {}},
+        null_text=null_text([1], null), counts={"in": rows, "out": rows, "filtered": {}, "quarantined": {}},
         shards=entries,
     )  # fmt: skip
     (root / "manifest.json").write_text(manifest.dumps())
     return root
 
 
-def write_recipe(folder: Path, **training: Any) -> Path:
-    """A recipe beside its data, width 32 and 2 blocks, fp32 and everything drawn from seed 0."""
+def write_recipe(folder: Path, data: dict[str, Any] | None = None, **training: Any) -> Path:
+    """A recipe beside its data, width 32 and 2 blocks, fp32 and everything drawn from seed 0. `data`: for `write_dataset`."""
     if not (folder / "data").exists():
-        write_dataset(folder / "data")
-        write_dataset(folder / "validation", rows=16, seed=1)
+        write_dataset(folder / "data", **(data or {}))
+        write_dataset(folder / "validation", **{**(data or {}), "rows": 16, "shards": 2, "seed": 1})
     values = {
         "name": "small", "runs_dir": str(folder / "runs"),
-        "data": {"image_size": 64}, "image_tokenizer": {"path": str(folder / "vae")}, "text_encoder": {"path": str(folder / "t5")},
+        "data": {"image_size": 64}, "image_tokenizer": {"path": str(folder / "vae")}, 
+        "text_encoder": {"path": str(folder / "t5"), "max_tokens": 8},
         "encode": {"output": str(folder / "data"), "validation_output": str(folder / "validation")},
         "model": {
             "preset": "fluid-tiny", "blocks": 2, "width": 32, "heads": 2, "aligner_blocks": 1, "head_blocks": 1, "grid": 4,
@@ -93,8 +117,8 @@ def write_recipe(folder: Path, **training: Any) -> Path:
     return path
 
 
-def small_recipe(folder: Path, **training: Any) -> Recipe:
-    return load_recipe(write_recipe(folder, **training))
+def small_recipe(folder: Path, data: dict[str, Any] | None = None, **training: Any) -> Recipe:
+    return load_recipe(write_recipe(folder, data, **training))
 
 
 _WORKER = """
