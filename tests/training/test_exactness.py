@@ -105,6 +105,39 @@ def test_resume_is_exact_to_the_bit(reference: Recipe, tmp_path: Path) -> None:
     shard.write_bytes(shard.read_bytes()[:-7])
     out = run_workers(recipe)
     assert "passing over checkpoint step_00000004" in out and "bytes, expected" in out
+    _assert_identical(recipe, reference, {"master", "ema", "exp_avg", "exp_avg_sq", "momentum"})
+    validation = read_metrics(recipe.training_dir / "validation.jsonl")[-1]
+    assert validation == read_metrics(reference.training_dir / "validation.jsonl")[-1]
+
+
+_KILLED_IN_STEP_4 = """
+import signal
+class Killed(TrainingLoop):
+    def _step(self, *args):
+        if self.step == 3:
+            self.checkpointer.wait()
+            torch.distributed.barrier()
+            if self.rank == 1:
+                os.kill(os.getpid(), signal.SIGKILL)
+        return super()._step(*args)
+loop = Killed
+"""
+
+
+def test_adamw_killed_and_resumed_is_exact_to_the_bit(tmp_path: Path) -> None:
+    """The paper's optimizer alone: a run of six steps, and one whose rank 1 is killed in the fourth."""
+    whole = small_recipe(tmp_path, run_name="whole")
+    run_workers(whole)
+    recipe = small_recipe(tmp_path, run_name="killed")
+    run_workers(recipe, _KILLED_IN_STEP_4, ok=False)
+    assert [c.step for c in list_checkpoints(recipe.training_dir / "checkpoints")] == [2]
+    assert read_metrics(recipe.training_dir / "metrics.jsonl")[-1]["step"] == 3
+    run_workers(recipe)
+    _assert_identical(recipe, whole, {"master", "ema", "exp_avg", "exp_avg_sq"})
+
+
+def _assert_identical(recipe: Recipe, reference: Recipe, kinds: set[str]) -> None:
+    """Metrics of every step, and each element of the last checkpoint, whose tensors are of these kinds."""
     timing = ("seconds", "images", "data_wait", "tflops", "memory", "checkpoint")
     for ours, theirs in zip(_lines(recipe), _lines(reference), strict=True):
         ours, theirs = ({k: v for k, v in line.items() if not k.startswith(timing)} for line in (ours, theirs))
@@ -112,16 +145,8 @@ def test_resume_is_exact_to_the_bit(reference: Recipe, tmp_path: Path) -> None:
     for rank in (0, 1):
         name = f"checkpoints/step_00000006/rank_{rank:05d}.safetensors"
         ours, theirs = (load_file(r.training_dir / name) for r in (recipe, reference))
-        assert ours.keys() == theirs.keys() and {key.split("/")[0] for key in ours} == {
-            "master",
-            "ema",
-            "exp_avg",
-            "exp_avg_sq",
-            "momentum",
-        }
+        assert ours.keys() == theirs.keys() and {key.split("/")[0] for key in ours} == kinds
         assert all(torch.equal(ours[key], theirs[key]) for key in ours)
-    validation = read_metrics(recipe.training_dir / "validation.jsonl")[-1]
-    assert validation == read_metrics(reference.training_dir / "validation.jsonl")[-1]
 
 
 def test_resume_at_other_world_sizes(reference: Recipe, tmp_path: Path) -> None:
