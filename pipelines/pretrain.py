@@ -15,7 +15,6 @@ from fluid_core.config import Recipe
 from fluid_core.entry import run_pipeline
 from fluid_core.latents.reader import EncodedDataset
 from fluid_core.training.checkpoint import latest_complete
-from fluid_core.training.loop import checkpoint_root
 from fluid_core.training.run import pretrain
 from fluid_core.workflow.stage import Stage
 
@@ -49,7 +48,7 @@ def main(recipe: Recipe, args: argparse.Namespace) -> int:
             file=sys.stderr,
         )
         return 128 + result["stopped"]
-    root = checkpoint_root(recipe, recipe.training_dir)
+    root = training.checkpoint_folder(recipe.training_dir)
     newest = latest_complete(root)
     assert newest is not None
     marker = (newest.path / "_COMPLETE").read_text().strip()

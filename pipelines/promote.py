@@ -26,7 +26,7 @@ def main(recipe: Recipe, args: argparse.Namespace) -> int:
     if args.rollback:
         return _rollback(recipe)
     training_dir = Path(recipe.runs_dir) / args.run if args.run else recipe.training_dir
-    checkpoints = Path(recipe.training.checkpoint_path or training_dir / "checkpoints")
+    checkpoints = recipe.training.checkpoint_folder(training_dir)
     # A training run that goes on by itself, outside the workflow, changes its checkpoints but not its stage's record.
     newest = [str(path) for path in sorted(checkpoints.glob("step_*/_COMPLETE"))[-1:]]
     stage = Stage(

@@ -1,5 +1,6 @@
 """`training`: the optimiser, the schedule, ZeRO, checkpoints."""
 
+from pathlib import Path
 from typing import Literal
 
 from pydantic import Field
@@ -42,7 +43,9 @@ class TrainingConfig(Section):
     checkpoint_every: int = Field(2000, gt=0)
     keep_last: int = Field(3, gt=0)
     keep_every: int | None = Field(None, gt=0)
-    checkpoint_path: str | None = Field(None, description="local folder or s3://; default: under the run's folder")
+    checkpoint_path: str | None = Field(
+        None, description="folder, or a s3:// prefix of this run; default: under the run's folder"
+    )
     log_every: int = Field(10, gt=0)
     validate_every: int = Field(1000, gt=0)
     validation_samples: int = Field(256, gt=0)
@@ -52,3 +55,12 @@ class TrainingConfig(Section):
     spike_factor: float = Field(10.0, gt=1, description="a gradient norm this many times its running mean is a strike")
     max_strikes: int = Field(3, gt=0, description="steps skipped in a row before rolling back and skipping the window")
     watchdog_seconds: float = Field(900.0, gt=0, description="a step that takes longer is taken for a hang")
+
+    @property
+    def checkpoint_uri(self) -> str | None:
+        """The s3:// prefix that checkpoints are copied to, if any."""
+        return self.checkpoint_path if self.checkpoint_path and "://" in self.checkpoint_path else None
+
+    def checkpoint_folder(self, run_dir: str | Path) -> Path:
+        """The folder that checkpoints are saved in, of a run whose output goes to `run_dir`."""
+        return Path(self.checkpoint_path) if self.checkpoint_path and not self.checkpoint_uri else Path(run_dir) / "checkpoints"

@@ -5,6 +5,7 @@ Errors come in three kinds, whatever the store: missing (None, or FileNotFoundEr
 jittered pauses). Conditional writes: `If-None-Match: *` on S3, link(2) on a local disk.
 """
 
+import contextlib
 import errno
 import hashlib
 import os
@@ -28,6 +29,9 @@ FIRST_PAUSE_SECONDS = 0.2
 CONNECT_TIMEOUT_SECONDS = 10
 READ_TIMEOUT_SECONDS = 60
 CHUNK_BYTES = 8 << 20
+LARGEST_PUT_BYTES = 4 << 30
+PART_BYTES = 256 << 20
+"""S3 takes at most 5 GiB in one request, and 10,000 parts of an object."""
 
 
 class AccessError(PermissionError):
@@ -275,12 +279,39 @@ class S3Storage:
 
     def put_file(self, local: Path, name: str, overwrite: bool) -> bool:
         condition = {} if overwrite else {"IfNoneMatch": "*"}
+        if local.stat().st_size > LARGEST_PUT_BYTES:
+            return self._put_parts(local, name, condition)
 
         def put() -> None:
             with open(local, "rb") as body:
                 self._client.put_object(Bucket=self.bucket, Key=self._key(name), Body=body, **condition)
 
         return self._put(put, name)
+
+    def _put_parts(self, local: Path, name: str, condition: dict[str, str]) -> bool:
+        """Part by part, each with attempts of its own; the object appears with the last request."""
+        where, at = self.uri(name), {"Bucket": self.bucket, "Key": self._key(name)}
+        upload = {"UploadId": _retry(lambda: self._client.create_multipart_upload(**at), where)["UploadId"]}
+        parts: list[dict[str, Any]] = []
+        try:
+            with open(local, "rb") as file:
+                while data := file.read(PART_BYTES):
+                    part = {"PartNumber": len(parts) + 1, "Body": data}
+                    tag = _retry(lambda: self._client.upload_part(**at, **upload, **part)["ETag"], where)  # noqa: B023
+                    parts.append({"PartNumber": part["PartNumber"], "ETag": tag})
+            whole = {"MultipartUpload": {"Parts": parts}, **condition}
+            written = self._put(lambda: self._client.complete_multipart_upload(**at, **upload, **whole), name)
+        except BaseException:
+            self._abort(at | upload)
+            raise
+        if not written:
+            self._abort(at | upload)
+        return written
+
+    def _abort(self, upload: dict[str, str]) -> None:
+        """Parts of an upload that was not completed are stored, and paid for, until somebody says that it is over."""
+        with contextlib.suppress(Exception):
+            self._client.abort_multipart_upload(**upload)
 
     def put_bytes(self, data: bytes, name: str, overwrite: bool) -> bool:
         condition = {} if overwrite else {"IfNoneMatch": "*"}

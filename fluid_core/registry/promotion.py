@@ -106,11 +106,16 @@ def _source(recipe: Recipe, folder: Path) -> str:
 def newest_checkpoint(training_dir: Path, recipe: Recipe) -> tuple[Path, int]:
     """(folder, step) of the newest checkpoint whose files are whole. Raises ValueError when a run has none."""
     from fluid_core.training.checkpoint import latest_complete
+    from fluid_core.training.remote import RemoteCheckpoints, fetch_newest
 
-    root = Path(recipe.training.checkpoint_path or training_dir / "checkpoints")
+    root, uri = recipe.training.checkpoint_folder(training_dir), recipe.training.checkpoint_uri
+    if uri and training_dir == recipe.training_dir:
+        fetch_newest(RemoteCheckpoints(uri), root, report=print)
     found = latest_complete(root, verify=True)
     if found is None:
-        raise ValueError(f"{root} holds no complete checkpoint: run pipelines/pretrain.py first, or name a run with --run")
+        raise ValueError(
+            f"{uri or root} holds no complete checkpoint: run pipelines/pretrain.py first, or name a run with --run"
+        )
     return found.path, found.step
 
 

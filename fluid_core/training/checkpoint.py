@@ -19,7 +19,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import safe_open
@@ -30,6 +30,9 @@ from fluid_core.training.ema import ShardedEMA
 from fluid_core.training.optimizer import FluidOptimizer
 from fluid_core.training.partitions import Partitions
 from fluid_core.workflow.stage import file_sha256, write_json_atomic
+
+if TYPE_CHECKING:
+    from fluid_core.training.remote import Uploader
 
 FORMAT_VERSION = 1
 COMPLETE, STATE, PINNED = "_COMPLETE", "state.json", "_PINNED"
@@ -95,6 +98,11 @@ def latest_complete(root: str | Path, verify: bool = False, report: Any = None) 
     return None
 
 
+def retained(steps: list[int], keep_last: int, keep_every: int | None) -> set[int]:
+    """Which of the steps of complete checkpoints are kept: the last ones, and every `keep_every` steps."""
+    return {s for s in steps if keep_every and s % keep_every == 0} | set(sorted(steps)[-keep_last:])
+
+
 def pin(checkpoint: Checkpoint) -> None:
     """Never delete this one (a promoted model came from it)."""
     (checkpoint.path / PINNED).touch()
@@ -105,7 +113,8 @@ class Checkpointer:
 
     Workers do not talk to each other here: each writes its shard and a small receipt beside it, and rank 0 waits for all
     receipts, writes `state.json` and the marker, and moves the folder to its name. The folder must be one that all
-    workers see (a shared disk).
+    workers see (a shared disk). With an `uploader` (rank 0) it is copied to S3 afterwards, and what `keep_every` keeps is
+    kept there.
     """
 
     def __init__(
@@ -116,10 +125,11 @@ class Checkpointer:
         ema: ShardedEMA,
         keep_last: int,
         keep_every: int | None,
+        uploader: "Uploader | None" = None,
     ):
         self.root = Path(root)
         self.partitions, self.optimizer, self.ema = partitions, optimizer, ema
-        self.keep_last, self.keep_every = keep_last, keep_every
+        self.keep_last, self.keep_every, self.uploader = keep_last, keep_every, uploader
         self.rank, self.world_size = partitions.rank, partitions.world_size
         self.seconds = 0.0
         self._thread: threading.Thread | None = None
@@ -221,11 +231,15 @@ class Checkpointer:
         os.replace(folder, final)
         _fsync(self.root)
         self._retain()
+        if self.uploader:
+            self.uploader.notify()
 
     def _retain(self) -> None:
         complete = [c for c in list_checkpoints(self.root) if c.complete]
+        keep = retained([c.step for c in complete], self.keep_last, self.keep_every)
         for checkpoint in complete[: -self.keep_last]:
-            if not checkpoint.pinned and not (self.keep_every and checkpoint.step % self.keep_every == 0):
+            copied = self.uploader is not None and self.uploader.has(checkpoint)
+            if not checkpoint.pinned and (checkpoint.step not in keep or copied):
                 _remove(checkpoint.path)
 
     def load(self, checkpoint: Checkpoint) -> dict[str, Any]:

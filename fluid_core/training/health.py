@@ -9,10 +9,11 @@ back to the last good checkpoint and skips the samples since then.
 import faulthandler
 import math
 import os
-import sys
 import threading
 import time
 from pathlib import Path
+
+from fluid_core.training.notices import say
 
 _WARM_UP = 50
 
@@ -60,7 +61,7 @@ class Watchdog:
     """
 
     def __init__(self, seconds: float, folder: Path, rank: int):
-        self.seconds, self.path = seconds, folder / f"hang_rank_{rank}.txt"
+        self.seconds, self.rank, self.path = seconds, rank, folder / f"hang_rank_{rank}.txt"
         self._last = time.monotonic()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True, name="fluid-watchdog")
@@ -79,5 +80,8 @@ class Watchdog:
                     file.write(f"no step for {self.seconds:.0f} s\n")
                     file.flush()
                     faulthandler.dump_traceback(file, all_threads=True)
-                print(f"watchdog: no step for {self.seconds:.0f} s; stacks in {self.path}", file=sys.stderr, flush=True)
+                say(
+                    self.path.parent,
+                    f"watchdog: worker {self.rank} made no step for {self.seconds:.0f} s and ends; stacks in {self.path}",
+                )
                 os._exit(70)

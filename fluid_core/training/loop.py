@@ -30,6 +30,8 @@ from fluid_core.training.engine import Engine
 from fluid_core.training.health import HealthPolicy, Watchdog
 from fluid_core.training.loader import Batch, Loader, Slicing
 from fluid_core.training.metrics import BinnedLoss, MetricsFile
+from fluid_core.training.notices import say
+from fluid_core.training.remote import RemoteCheckpoints, Uploader
 from fluid_core.training.sampling import Sampler
 from fluid_core.training.schedule import learning_rate_factor
 from fluid_core.training.validation import Validation
@@ -47,10 +49,6 @@ class RunSettings:
     tracking_uri: str
     tracking_run_id: str | None = None
     resume: bool = True
-
-
-def checkpoint_root(recipe: Recipe, run_dir: str | Path) -> Path:
-    return Path(recipe.training.checkpoint_path or Path(run_dir) / "checkpoints")
 
 
 class TrainingLoop:
@@ -76,13 +74,11 @@ class TrainingLoop:
         self.null_text = self.loader.collator.null_text_LE.to(self.engine.device)
         self.ema = ShardedEMA(self.engine.partitions, self.training.ema_decay)
         self.health = HealthPolicy(self.training.spike_factor, self.training.max_strikes)
+        root, uri = self.training.checkpoint_folder(self.run_dir), self.training.checkpoint_uri
+        keep = self.training.keep_last, self.training.keep_every
+        self.uploader = Uploader(root, RemoteCheckpoints(uri), *keep, report=self._say) if uri and self.rank == 0 else None
         self.checkpointer = Checkpointer(
-            checkpoint_root(recipe, self.run_dir),
-            self.engine.partitions,
-            self.engine.optimizer,
-            self.ema,
-            self.training.keep_last,
-            self.training.keep_every,
+            root, self.engine.partitions, self.engine.optimizer, self.ema, *keep, uploader=self.uploader
         )
         attempt = [uuid.uuid4().hex[:8]]
         dist.broadcast_object_list(attempt, src=0)
@@ -105,7 +101,11 @@ class TrainingLoop:
     # Start and end.
 
     def run(self) -> dict[str, Any]:
-        """Train to the last step, or until asked to stop. Returns {"step", "stopped", "metrics"}."""
+        """Train to the last step, or until asked to stop.
+
+        Returns:
+            {"step", "stopped", "metrics", "uploaded"}; `uploaded` False: S3 lacks checkpoints that the local folder has.
+        """
         if self.settings.resume:
             self._resume()
         if self.rank == 0:
@@ -128,14 +128,19 @@ class TrainingLoop:
                 self.metrics.close()
             if self.tracker:
                 self.tracker.close(status)  # type: ignore[arg-type]
-        return {"step": self.step, "stopped": stopped, "metrics": self._final}
+        # The watchdog is closed: nothing but the copy of the last checkpoint is waited for here.
+        uploaded = self.uploader is None or self.uploader.finish()
+        return {"step": self.step, "stopped": stopped, "metrics": self._final, "uploaded": uploaded}
+
+    def _say(self, text: str) -> None:
+        say(self.run_dir, text)
 
     def _resume(self) -> None:
         root = self.checkpointer.root
         found: list[Any] = [None]
         if self.rank == 0:
             # Checksums are read by one worker; the others get its choice, so that all load the same checkpoint.
-            checkpoint = latest_complete(root, verify=True, report=lambda text: print(text, flush=True))
+            checkpoint = latest_complete(root, verify=True, report=self._say)
             found = [checkpoint]
         dist.broadcast_object_list(found, src=0)
         if found[0] is not None:
@@ -236,7 +241,7 @@ class TrainingLoop:
             record = {"step": self.step, "samples": self.position, "reason": reason, "keys": keys}
             with open(self.run_dir / "strikes.jsonl", "a") as file:
                 file.write(json.dumps(record) + "\n")
-            print(f"step {self.step} skipped: {reason}; its samples are in {self.run_dir}/strikes.jsonl", flush=True)
+            self._say(f"step {self.step} skipped: {reason}; its samples are in {self.run_dir}/strikes.jsonl")
 
     def _roll_back(self) -> None:
         """The last good checkpoint's weights, with the samples since then skipped."""
@@ -256,7 +261,7 @@ class TrainingLoop:
             assert self.metrics is not None
             self.metrics.close()
             self.metrics = MetricsFile(self.run_dir / "metrics.jsonl", self.step)
-            print(f"rolled back to step {self.step}; training goes on with sample {self.position}", flush=True)
+            self._say(f"rolled back to step {self.step}; training goes on with sample {self.position}")
 
     # What is written.
 

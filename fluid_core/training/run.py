@@ -20,10 +20,12 @@ from fluid_core.config import Recipe
 from fluid_core.entry import KEEP_FREED_MEMORY, ray_session
 from fluid_core.latents.reader import EncodedDataset
 from fluid_core.registry.tracking import Tracker
-from fluid_core.training.checkpoint import latest_complete, list_checkpoints
+from fluid_core.training.checkpoint import list_checkpoints
 from fluid_core.training.loader import Slicing, check_datasets
-from fluid_core.training.loop import STOP_FILE, RunSettings, checkpoint_root
+from fluid_core.training.loop import STOP_FILE, RunSettings
 from fluid_core.training.metrics import read_metrics
+from fluid_core.training.notices import NOTICES, say
+from fluid_core.training.remote import RemoteCheckpoints, fetch_newest
 from fluid_core.workflow.stage import write_json_atomic
 
 _POLL_SECONDS = 0.5
@@ -41,12 +43,19 @@ def pretrain(recipe: Recipe, fingerprint: str, resume: bool = False, fresh: bool
     Raises:
         ValueError: the recipe, the data or the run's name will not do, or a worker met such an error.
         RuntimeError: the workers failed more often than training.max_failures allows.
+        ConnectionError: checkpoints on S3 could not be read at the start, or not be written by the end; the same command
+            goes on.
     """
     check_inputs(recipe)
     run_dir = recipe.training_dir.resolve()
     run_dir.mkdir(parents=True, exist_ok=True)
     with _only_driver(run_dir):
-        record = _claim(recipe, run_dir, fingerprint, resume, fresh)
+        root, uri = recipe.training.checkpoint_folder(run_dir), recipe.training.checkpoint_uri
+        remote = RemoteCheckpoints(uri) if uri else None
+        record = _claim(recipe, run_dir, root, remote, fingerprint, resume, fresh)
+        if remote:
+            # Before the workers start: they would be taken for hung while they wait for a download.
+            fetch_newest(remote, root, report=lambda text: say(run_dir, text))
         (run_dir / STOP_FILE).unlink(missing_ok=True)
         settings = RunSettings(
             run_dir=str(run_dir),
@@ -56,9 +65,14 @@ def pretrain(recipe: Recipe, fingerprint: str, resume: bool = False, fresh: bool
         )
         # In this order: starting Ray puts a handler of its own in the place of ours.
         with ray_session(), _stop_on_signals(run_dir) as signalled:
-            with _progress(run_dir / "metrics.jsonl", recipe.training.max_steps):
+            with _progress(run_dir, recipe.training.max_steps):
                 _fit(recipe, settings)
         result = json.loads((run_dir / "result.json").read_text())
+    if not result["uploaded"]:
+        raise ConnectionError(
+            f"step {result['step']} is reached and saved in {root}, but {uri} still lacks checkpoints (see "
+            f"{run_dir / NOTICES}): run the same command again to copy them"
+        )
     result["stopped"] = signalled[0] if result["stopped"] and signalled else None
     return result
 
@@ -92,28 +106,31 @@ def encoder_hashes(recipe: Recipe) -> dict[str, dict[str, Any]]:
     return found
 
 
-def _claim(recipe: Recipe, run_dir: Path, fingerprint: str, resume: bool, fresh: bool) -> dict[str, Any]:
+def _claim(
+    recipe: Recipe, run_dir: Path, root: Path, remote: RemoteCheckpoints | None, fingerprint: str, resume: bool, fresh: bool
+) -> dict[str, Any]:
     """Decide whether this start may use what is under the run's name, and note the decision in run.json."""
     path = run_dir / "run.json"
     record = json.loads(path.read_text()) if path.is_file() else None
-    root = checkpoint_root(recipe, run_dir)
     if fresh:
         shutil.rmtree(root, ignore_errors=True)
-        for name in ("metrics.jsonl", "validation.jsonl", "strikes.jsonl", "result.json", "run.json"):
+        if remote:
+            for checkpoint in remote.list():
+                remote.remove(checkpoint)
+        for name in ("metrics.jsonl", "validation.jsonl", "strikes.jsonl", NOTICES, "result.json", "run.json"):
             (run_dir / name).unlink(missing_ok=True)
         record = None
-    elif list_checkpoints(root) and not resume and (record is None or record["fingerprint"] != fingerprint):
-        newest = latest_complete(root)
-        where = f"step {newest.step}" if newest else "no complete checkpoint"
-        raise ValueError(
-            f"{run_dir} holds a run of another recipe or other data ({where}): choose a new training.run_name, "
-            "add --resume to go on from its last checkpoint, or --force to begin again and delete its checkpoints"
-        )
+    elif not resume and (record is None or record["fingerprint"] != fingerprint):
+        _refuse_another_run(run_dir, root, remote)
     if record is None or (record["fingerprint"] != fingerprint and not resume):
         record = {"fingerprint": fingerprint, "tracking_run_id": None}
     from fluid_core.registry.mlflow_client import absolute_uri
 
-    record |= {"fingerprint": fingerprint, "tracking_uri": absolute_uri(recipe.registry.tracking_uri)}
+    record |= {
+        "fingerprint": fingerprint,
+        "tracking_uri": absolute_uri(recipe.registry.tracking_uri),
+        "checkpoints": remote.uri if remote else str(root.resolve()),
+    }
     tracker = Tracker(
         record["tracking_uri"], recipe.registry.experiment, recipe.training_dir.name, run_id=record["tracking_run_id"],
         tags={"fluid.stage": "pretrain", "fluid.fingerprint": fingerprint, "fluid.code": code_version()},
@@ -125,6 +142,19 @@ def _claim(recipe: Recipe, run_dir: Path, fingerprint: str, resume: bool, fresh:
     tracker.close("FINISHED")
     write_json_atomic(path, record)
     return record
+
+
+def _refuse_another_run(run_dir: Path, root: Path, remote: RemoteCheckpoints | None) -> None:
+    here, there = list_checkpoints(root), remote.list() if remote else []
+    if not here and not there:
+        return
+    steps = [c.step for c in here if c.complete] + [c.step for c in there if c.complete]
+    where = f"step {max(steps)}" if steps else "no complete checkpoint"
+    raise ValueError(
+        f"{run_dir if remote is None or here else remote.uri} holds a run of another recipe or other data ({where}): choose "
+        "a new training.run_name, add --resume to go on from its last checkpoint, or --force to begin again and delete its "
+        "checkpoints"
+    )
 
 
 def code_version() -> str:
@@ -281,17 +311,25 @@ def _stop_on_signals(run_dir: Path) -> Iterator[list[int]]:
 
 
 @contextmanager
-def _progress(path: Path, total: int) -> Iterator[None]:
-    """A line on stderr with step, loss, speed and time left, from what rank 0 writes."""
+def _progress(run_dir: Path, total: int) -> Iterator[None]:
+    """A line on stderr with step, loss, speed and time left, from what rank 0 writes; and the workers' notices."""
+    path, notices = run_dir / "metrics.jsonl", run_dir / NOTICES
     stop = threading.Event()
     started = [len(read_metrics(path))]
+    already_said = notices.stat().st_size if notices.is_file() else 0
 
     def show() -> None:
         with tqdm(total=total, initial=started[0], desc="pretrain", unit="step", dynamic_ncols=True) as bar:
-            position = 0
+            position, said = 0, already_said
             ending = False
             while not ending:
                 ending = stop.wait(_POLL_SECONDS)
+                if notices.is_file():
+                    with open(notices) as file:
+                        file.seek(said)
+                        for text in file:
+                            bar.write(f"pretrain: {text.partition(' ')[2]}", file=sys.stderr, end="")
+                        said = file.tell()
                 if not path.is_file():
                     continue
                 if path.stat().st_size < position:  # went back to a checkpoint

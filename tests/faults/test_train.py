@@ -1,10 +1,12 @@
 """Training through what goes wrong: workers, driver and disks die, one worker meets a NaN. Real processes, nothing mocked."""
 
+import hashlib
 import json
 import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -15,8 +17,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "training"))
 
 from small_run import run_workers, small_recipe, write_recipe
 
+from fluid_core.latents.reader import EncodedDataset
 from fluid_core.training.checkpoint import latest_complete, list_checkpoints, load_ema_state
+from fluid_core.training.loader import Loader, Slicing
 from fluid_core.training.metrics import read_metrics
+from fluid_core.training.order import DatasetOrder
 
 _NAN_ON_RANK_1 = """
 class Poisoned(TrainingLoop):
@@ -79,74 +84,147 @@ def test_killed_while_saving_and_a_full_disk(tmp_path: Path) -> None:
     assert [line["step"] for line in read_metrics(recipe.training_dir / "metrics.jsonl")] == [1, 2, 3, 4, 5, 6]
 
 
-def _start(repository: Path, config: Path, *more: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-W", "ignore", str(repository / "pipelines" / "pretrain.py"), "--config", str(config), *more]
-    return subprocess.Popen(command, cwd=repository, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+_DELETES_A_SHARD = """
+class Deleting(TrainingLoop):
+    def _train(self):
+        if self.rank == 0:
+            os.rename({file!r}, {file!r} + ".away")
+        return super()._train()
+loop = Deleting
+"""
 
 
-def _wait_for_step(metrics: Path, step: int, driver: subprocess.Popen[str]) -> int:
-    deadline = time.monotonic() + 400
-    while time.monotonic() < deadline:
-        lines = read_metrics(metrics)
-        if lines and lines[-1]["step"] >= step:
-            return lines[-1]["step"]
-        assert driver.poll() is None, driver.communicate()[0][-4000:]
-        time.sleep(0.1)
-    raise AssertionError(f"step {step} was not reached")
+def test_a_data_shard_deleted_while_training(tmp_path: Path) -> None:
+    """The run ends with the file's name, after the last step that had all its samples; put back, no sample is left out."""
+    # A shard is a row group is a shuffle window: what lies far ahead has not been read yet.
+    recipe = small_recipe(tmp_path, {"rows": 96, "shards": 12}, max_steps=8, shuffle_window=8)
+    data = EncodedDataset(recipe.encode.output)
+    loader = Loader([(data, 1.0)], recipe.model, recipe.seed, Slicing(12, 0, 1, None), 8)
+    expected = [hashlib.sha256(loader.batches(start)[0].key_hashes.numpy().tobytes()).hexdigest() for start in range(0, 96, 12)]
+    order = DatasetOrder(data.row_groups, data.manifest.hash, recipe.seed, 8)
+    shard = data.manifest.shards[order.windows(0)[-1].groups[0][0]].id
+    file = f"{recipe.encode.output}/latents/{shard}.parquet"
+    out = run_workers(recipe, _DELETES_A_SHARD.format(file=file), ok=False)
+    assert f"{file} is missing" in out and "copy it again or encode again" in out
+    metrics = recipe.training_dir / "metrics.jsonl"
+    reached = [line["step"] for line in read_metrics(metrics)]
+    assert reached == list(range(1, len(reached) + 1)) and len(reached) < 8
+    os.rename(f"{file}.away", file)
+    run_workers(recipe)
+    assert [line["keys_sha256"] for line in read_metrics(metrics)] == expected
 
 
-def _rank0(run_dir: Path) -> int:
-    """The worker that holds the writer's lock."""
+class _Driver:
+    """A started pipelines/pretrain.py. Its output goes to a file: nobody reads a pipe while it runs."""
+
+    def __init__(self, repository: Path, config: Path, *more: str):
+        command = [
+            sys.executable,
+            "-W",
+            "ignore",
+            str(repository / "pipelines" / "pretrain.py"),
+            "--config",
+            str(config),
+            *more,
+        ]
+        self.log = Path(tempfile.mkstemp(suffix=".log", dir=config.parent)[1])
+        with open(self.log, "w") as log:
+            self.process = subprocess.Popen(command, cwd=repository, stdout=log, stderr=subprocess.STDOUT)
+
+    def end(self, timeout: float = 400) -> tuple[int, str]:
+        """(exit status, output) when it has ended."""
+        return self.process.wait(timeout=timeout), self.log.read_text()
+
+    def wait_for_step(self, metrics: Path, step: int) -> int:
+        deadline = time.monotonic() + 400
+        while time.monotonic() < deadline:
+            lines = read_metrics(metrics)
+            if lines and lines[-1]["step"] >= step:
+                return int(lines[-1]["step"])
+            assert self.process.poll() is None, self.log.read_text()[-4000:]
+            time.sleep(0.1)
+        raise AssertionError(f"step {step} was not reached: {self.log.read_text()[-4000:]}")
+
+
+def _workers(run_dir: Path, data: Path) -> tuple[int, int] | None:
+    """Process ids of ranks 0 and 1, once both are there: both read the data set, rank 0 holds the writer's lock."""
+    readers, writers = set(), set()
     for entry in Path("/proc").glob("[0-9]*/fd/*"):
         try:
-            if os.readlink(entry) == str(run_dir / ".writer.lock"):
-                return int(entry.parts[2])
+            target = os.readlink(entry)
         except OSError:
             continue
-    raise AssertionError("no worker holds the lock")
+        if target.startswith(f"{data}/latents/"):
+            readers.add(int(entry.parts[2]))
+        elif target == str(run_dir / ".writer.lock"):
+            writers.add(int(entry.parts[2]))
+    if len(writers) != 1 or len(readers | writers) != 2:
+        return None
+    (rank0,) = writers
+    (rank1,) = readers - writers
+    return rank0, rank1
 
 
 @pytest.mark.timeout(1500)
-def test_a_run_survives_its_worker_its_driver_and_a_stop(ray_session: str, repository: Path, tmp_path: Path) -> None:
-    config = write_recipe(tmp_path, max_steps=300, checkpoint_every=10, log_every=10, validate_every=300, keep_last=2)
+def test_a_run_survives_its_workers_its_driver_and_a_stop(ray_session: str, repository: Path, tmp_path: Path) -> None:
+    config = write_recipe(
+        tmp_path, max_steps=3000, checkpoint_every=10, log_every=10, validate_every=3000, keep_last=2, max_failures=6,
+        watchdog_seconds=15,
+    )  # fmt: skip
     run_dir = tmp_path / "runs" / "small"
     metrics, root = run_dir / "metrics.jsonl", run_dir / "checkpoints"
+    driver = _Driver(repository, config)
+    driver.wait_for_step(metrics, 15)
+    old: tuple[int, int] | None = None
 
-    # kill -9 of rank 0: Ray starts the workers again, they go on from the newest complete checkpoint.
-    driver = _start(repository, config)
-    _wait_for_step(metrics, 15, driver)
-    other = _start(repository, config)
-    out = other.communicate(timeout=300)[0]
-    assert other.returncode == 2 and "another process is training" in out, out
-    os.kill(_rank0(run_dir), signal.SIGKILL)
+    def strike(rank: int, number: signal.Signals) -> None:
+        """Send a signal to a worker, once two new ones have taken the place of those that were there at the last strike."""
+        nonlocal old
+        deadline = time.monotonic() + 300
+        while (found := _workers(run_dir, tmp_path / "data")) is None or (old and set(found) & set(old)):
+            assert time.monotonic() < deadline, driver.log.read_text()[-4000:]
+            time.sleep(0.2)
+        old = found
+        os.kill(found[rank], number)
+
+    # kill -9 of a worker: Ray starts both again, and they go on from the newest complete checkpoint.
+    strike(0, signal.SIGKILL)
+    status, out = _Driver(repository, config).end()
+    assert status == 2 and "another process is training" in out, out
+    strike(1, signal.SIGKILL)
+    # A worker that stands still: the other one waits for it, its watchdog says so and ends it.
+    strike(1, signal.SIGSTOP)
+    deadline = time.monotonic() + 300
+    while "watchdog: worker 0 made no step for 15 s" not in driver.log.read_text():
+        assert time.monotonic() < deadline, driver.log.read_text()[-4000:]
+        time.sleep(0.2)
+    assert "loop.py" in (run_dir / "hang_rank_0.txt").read_text()
+    before = read_metrics(metrics)[-1]["step"]
     time.sleep(1)
-    before = _wait_for_step(metrics, 1, driver)
-    _wait_for_step(metrics, before + 12, driver)
+    driver.wait_for_step(metrics, before + 12)
+    assert old is not None and not Path(f"/proc/{old[1]}").exists(), "the stopped worker is not left behind"
 
     # kill -9 of the driver: the same command goes on by itself, without --resume.
-    driver.kill()
-    driver.wait()
+    driver.process.kill()
+    driver.process.wait()
     newest = latest_complete(root)
     assert newest is not None and newest.step >= 10
-    driver = _start(repository, config)
-    _wait_for_step(metrics, newest.step + 11, driver)
+    driver = _Driver(repository, config)
+    driver.wait_for_step(metrics, newest.step + 11)
 
     # SIGTERM: the step is finished, a checkpoint saved, and the exit status says that it is not done.
-    driver.send_signal(signal.SIGTERM)
-    out = driver.communicate(timeout=300)[0]
-    assert driver.returncode == 143 and "checkpoint saved; the same command goes on" in out, out
+    driver.process.send_signal(signal.SIGTERM)
+    status, out = driver.end()
+    assert status == 143 and "checkpoint saved; the same command goes on" in out, out
     stopped = latest_complete(root, verify=True)
-    assert stopped is not None and read_metrics(metrics)[-1]["step"] == stopped.step < 300
+    assert stopped is not None and read_metrics(metrics)[-1]["step"] == stopped.step < 3000
 
     # Another recipe under the same name is refused before anything starts; --resume takes the run over.
-    other = _start(repository, config, "--set", "training.learning_rate=2e-3")
-    out = other.communicate(timeout=300)[0]
-    assert other.returncode == 2 and "add --resume" in out, out
+    status, out = _Driver(repository, config, "--set", "training.learning_rate=2e-3").end()
+    assert status == 2 and "add --resume" in out, out
     steps = stopped.step + 5
-    last = _start(repository, config, "--set", f"training.max_steps={steps}", "--resume")
-    out = last.communicate(timeout=400)[0]
-    assert last.returncode == 0, out
+    status, out = _Driver(repository, config, "--set", f"training.max_steps={steps}", "--resume").end()
+    assert status == 0, out
     assert [line["step"] for line in read_metrics(metrics)] == list(range(1, steps + 1))
-    again = _start(repository, config, "--set", f"training.max_steps={steps}", "--resume")
-    out = again.communicate(timeout=300)[0]
-    assert again.returncode == 0 and "already complete" in out, out
+    status, out = _Driver(repository, config, "--set", f"training.max_steps={steps}", "--resume").end()
+    assert status == 0 and "already complete" in out, out

@@ -1,0 +1,174 @@
+"""Checkpoints on a real S3 server: copied behind the training's back, found again, thinned out."""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from s3_support import ACCESS_KEY, BUCKET, SECRET_KEY, seaweed
+from safetensors.torch import save_file
+
+from fluid_core.cli import main
+from fluid_core.data import storage as storage_module
+from fluid_core.data.storage import open_storage
+from fluid_core.training import remote as module
+from fluid_core.training.checkpoint import Checkpoint, list_checkpoints, pin
+from fluid_core.training.remote import RemoteCheckpoints, Uploader, fetch_newest
+from fluid_core.workflow.stage import file_sha256, write_json_atomic
+
+
+@pytest.fixture(scope="module")
+def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    with seaweed(tmp_path_factory.mktemp("weed")) as endpoint, pytest.MonkeyPatch.context() as patch:
+        for name, value in (
+            ("AWS_ENDPOINT_URL", endpoint),
+            ("AWS_ACCESS_KEY_ID", ACCESS_KEY),
+            ("AWS_SECRET_ACCESS_KEY", SECRET_KEY),
+            ("AWS_REGION", "us-east-1"),
+        ):
+            patch.setenv(name, value)
+        yield f"s3://{BUCKET}"
+
+
+def checkpoint(root: Path, step: int) -> Checkpoint:
+    """A complete checkpoint of two shards whose values are its step."""
+    folder = root / f"step_{step:08d}"
+    folder.mkdir(parents=True)
+    files = {}
+    for rank in (0, 1):
+        shard = folder / f"rank_{rank:05d}.safetensors"
+        save_file({"master/w": torch.full((1000,), float(step + rank))}, shard, metadata={"starts": '{"master/w": 0}'})
+        files[shard.name] = {"bytes": shard.stat().st_size, "sha256": file_sha256(shard)}
+    write_json_atomic(folder / "state.json", {"step": step, "world_size": 2, "files": files})
+    (folder / "_COMPLETE").write_text(hashlib.sha256((folder / "state.json").read_bytes()).hexdigest() + "\n")
+    return Checkpoint(folder, step)
+
+
+def steps(remote: RemoteCheckpoints) -> list[int]:
+    return [c.step for c in remote.list() if c.complete]
+
+
+def test_s3_follows_the_local_folder_and_keeps_what_is_to_be_kept(s3: str, tmp_path: Path) -> None:
+    remote = RemoteCheckpoints(f"{s3}/follow")
+    checkpoint(tmp_path, 10)
+    pin(checkpoint(tmp_path, 20))
+    uploader = Uploader(tmp_path, remote, keep_last=2, keep_every=50)
+    assert uploader.finish(30) and steps(remote) == [10, 20] and remote.list()[1].pinned
+    for step in (30, 50, 60, 70):
+        checkpoint(tmp_path, step)
+        uploader.notify()
+    assert uploader.finish(30)
+    assert steps(remote) == [20, 50, 60, 70], "the pinned one, every 50th, and the last two"
+    assert all(remote.problem(c) is None for c in remote.list())
+    # What the local folder loses stays; a pin that comes later follows.
+    for c in list_checkpoints(tmp_path)[:-1]:
+        shutil.rmtree(c.path)
+    pin(list_checkpoints(tmp_path)[-1])
+    uploader.notify()
+    assert uploader.finish(30)
+    assert [(c.step, c.pinned) for c in remote.list()] == [(20, True), (50, False), (60, False), (70, True)]
+
+
+def test_a_marker_lost_between_the_files_and_it(s3: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    remote, root = RemoteCheckpoints(f"{s3}/lost"), tmp_path / "here"
+    remote.push(checkpoint(root, 2))
+    remote.push(checkpoint(root, 4))
+    open_storage(remote.uri).delete("step_00000004/_COMPLETE")
+    said: list[str] = []
+    fetch_newest(remote, tmp_path / "elsewhere", said.append)
+    assert [c.step for c in list_checkpoints(tmp_path / "elsewhere")] == [2]
+    assert said == [f"passing over {remote.uri}/step_00000004: not complete", f"fetched {remote.uri}/step_00000002"]
+    # Where the local folder is still there the copy is made complete; without it the parts are removed.
+    assert Uploader(root, remote, 3, None).finish(30) and steps(remote) == [2, 4]
+    open_storage(remote.uri).delete("step_00000004/_COMPLETE")
+    assert Uploader(tmp_path / "elsewhere", remote, 3, None).finish(30) and [c.step for c in remote.list()] == [2]
+
+
+def test_what_is_damaged_on_s3_is_passed_over_and_replaced(s3: str, tmp_path: Path) -> None:
+    remote, root = RemoteCheckpoints(f"{s3}/damaged"), tmp_path / "here"
+    for step in (2, 4, 6):
+        remote.push(checkpoint(root, step))
+    shard = (root / "step_00000006" / "rank_00001.safetensors").read_bytes()
+    open_storage(remote.uri).put_bytes(shard[:-1] + b"?", "step_00000006/rank_00001.safetensors", overwrite=True)
+    open_storage(remote.uri).delete("step_00000004/rank_00000.safetensors")
+    assert "wrong checksum" in (remote.problem(remote.list()[2]) or "")
+    said: list[str] = []
+    fetch_newest(remote, tmp_path / "elsewhere", said.append)
+    assert "rank_00001.safetensors: wrong checksum" in said[0] and "rank_00000.safetensors: missing" in said[1]
+    (found,) = list_checkpoints(tmp_path / "elsewhere")
+    assert found.step == 2 and found.problem() is None and not list((tmp_path / "elsewhere").glob(".*"))
+    # A local one that is whole is as good or better: nothing is fetched. And it mends S3.
+    said.clear()
+    fetch_newest(remote, root, said.append)
+    assert not said
+    assert Uploader(root, remote, 3, None).finish(30) and steps(remote) == [2, 4, 6]
+    assert all(remote.problem(c) is None for c in remote.list())
+
+
+def test_a_local_file_that_rotted_is_not_copied(s3: str, tmp_path: Path) -> None:
+    remote = RemoteCheckpoints(f"{s3}/rotten")
+    checkpoint(tmp_path, 2)
+    bad = checkpoint(tmp_path, 4).path / "rank_00000.safetensors"
+    bad.write_bytes(bad.read_bytes()[:-1] + b"?")
+    said: list[str] = []
+    assert Uploader(tmp_path, remote, 3, None, said.append).finish(30)
+    assert steps(remote) == [2] and len(said) == 1 and "wrong checksum" in said[0]
+
+
+def test_a_store_that_is_away_is_asked_again(s3: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "FIRST_PAUSE_SECONDS", 0.05)
+    said: list[str] = []
+    checkpoint(tmp_path, 2)
+    with monkeypatch.context() as away:
+        away.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
+        uploader = Uploader(tmp_path, RemoteCheckpoints(f"{s3}/away"), 3, None, said.append)
+        assert not uploader.finish(0.5)
+        assert "refuses access" in said[0] and f"they are safe in {tmp_path}" in said[0]
+    uploader._remote = RemoteCheckpoints(f"{s3}/away")  # renewed credentials: a process reads them once
+    assert uploader.finish(30) and "again after" in said[-1] and steps(RemoteCheckpoints(f"{s3}/away")) == [2]
+
+
+def test_files_too_large_for_one_request_go_in_parts(s3: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(storage_module, "LARGEST_PUT_BYTES", 1 << 20)
+    monkeypatch.setattr(storage_module, "PART_BYTES", 5 << 20)
+    store = open_storage(f"{s3}/parts")
+    data = torch.arange(3_000_000, dtype=torch.int32).numpy().tobytes()
+    (tmp_path / "large").write_bytes(data)
+    assert store.put_file(tmp_path / "large", "large", overwrite=True)
+    assert store.fetch("large", tmp_path / "down").read_bytes() == data
+    (tmp_path / "large").write_bytes(data[::-1])
+    assert not store.put_file(tmp_path / "large", "large", overwrite=False)
+    assert store.fetch("large", tmp_path / "down").read_bytes() == data
+
+
+def test_commands_see_them(s3: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    uri, run = f"{s3}/commands", tmp_path / "run"
+    remote = RemoteCheckpoints(uri)
+    remote.push(checkpoint(run / "checkpoints", 2))
+    shutil.rmtree(run / "checkpoints" / "step_00000002")
+    checkpoint(run / "checkpoints", 4)
+    write_json_atomic(run / "run.json", {"checkpoints": uri})
+
+    def call(*arguments: str) -> tuple[int, list[dict[str, Any]]]:
+        with pytest.raises(SystemExit) as end:
+            main(["checkpoints", *arguments, "--json"])
+        return int(end.value.code or 0), json.loads(capsys.readouterr().out)
+
+    assert call(uri, "--pin", "2", "--verify") == (
+        0,
+        [
+            {
+                "step": 2, "complete": True, "world_size": 2, "bytes": remote.list()[0].bytes, "pinned": True,
+                "path": f"{uri}/step_00000002", "problem": None,
+            }
+        ],
+    )  # fmt: skip
+    code, rows = call(str(run))
+    assert code == 0 and [row["path"] for row in rows] == [f"{uri}/step_00000002", str(run / "checkpoints" / "step_00000004")]
+    open_storage(uri).delete("step_00000002/rank_00000.safetensors")
+    code, rows = call(uri, "--verify")
+    assert code == 1 and "rank_00000.safetensors: no bytes" in rows[0]["problem"]
