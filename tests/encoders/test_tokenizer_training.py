@@ -228,7 +228,7 @@ def test_muon_takes_the_hidden_convolutions_and_resumes():
     torch.manual_seed(0)
     model = build_tokenizer(section(), 32)
     optimiser = TokenizerOptimizer(model, config)
-    hidden = {id(p) for p, _ in optimiser.kernels}
+    hidden = {id(p) for p in optimiser.optimizers[1].param_groups[0]["params"]}
     named = {name for name, p in model.named_parameters() if id(p) in hidden}
     assert "encoder.mid_block.resnets.0.conv1.weight" in named
     assert not any("conv_in" in name or "conv_out" in name or "norm" in name or "bias" in name for name in named)
