@@ -257,7 +257,7 @@ def test_stop_frees_the_servers_place(page: Page, server: Server) -> None:
 
 def visible(selector: str) -> str:
     """JavaScript: the element is on the screen, whole."""
-    return f"(({{ top, bottom }}) => top >= 0 && bottom <= innerHeight)(document.querySelector('{selector}').getBoundingClientRect())"
+    return f"(({{ top, bottom }}) => top > -1 && bottom < innerHeight + 1)(document.querySelector('{selector}').getBoundingClientRect())"
 
 
 def test_on_a_phone_with_a_finger(browser: Chromium, server: Server) -> None:
