@@ -7,10 +7,11 @@ from typing import Any
 
 import yaml
 
-from fluid_core.generation.bundle import write_manifest
+from fluid_core.workflow.stage import write_json_atomic
 
 MANIFEST = "manifest.json"
-CARD = "README.md"
+CARD, SIGNATURE, SAMPLES = "README.md", "MLmodel", "samples.png"
+"""What a promotion writes into a bundle that was exported before."""
 
 
 def read_manifest(folder: str | Path) -> dict[str, str]:
@@ -22,16 +23,23 @@ def read_manifest(folder: str | Path) -> dict[str, str]:
 
 
 def bundle_digest(folder: str | Path) -> str:
-    """One sha256 for the bundle's weights and settings: not for its card, which a promotion rewrites."""
-    manifest = {name: digest for name, digest in read_manifest(folder).items() if name not in (CARD, "MLmodel")}
-    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+    """One sha256 for the bundle's weights and settings: not for its card and pictures, which a promotion rewrites."""
+    own = {name: digest for name, digest in read_manifest(folder).items() if name not in (CARD, SIGNATURE, SAMPLES)}
+    return hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest()
 
 
-def add_files(folder: str | Path, files: dict[str, str]) -> None:
-    """Write text files into the bundle and into its manifest."""
-    for name, text in files.items():
-        (Path(folder) / name).write_text(text)
-    write_manifest(folder)
+def add_files(folder: str | Path, files: dict[str, bytes]) -> None:
+    """Write files into the bundle and into its manifest, which goes on saying of the others what it said.
+
+    Killed in between, the bundle is whole without them.
+    """
+    folder = Path(folder)
+    others = {name: digest for name, digest in read_manifest(folder).items() if name not in files}
+    write_json_atomic(folder / MANIFEST, others)
+    for name, data in files.items():
+        (folder / name).write_bytes(data)
+    added = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
+    write_json_atomic(folder / MANIFEST, dict(sorted((others | added).items())))
 
 
 def mlmodel(name: str, created: str, size: tuple[int, int]) -> str:

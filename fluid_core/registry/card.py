@@ -5,6 +5,9 @@ from typing import Any
 from fluid_core.config import Recipe
 from fluid_core.registry.gates import Gate
 
+MAX_DESCRIPTION = 5000
+"""Characters of a model version's description in MLflow's tables; PostgreSQL and MySQL refuse more, SQLite does not look."""
+
 _TEXT = """# {name}
 
 A [Fluid](https://arxiv.org/abs/2410.13863) model: autoregressive text-to-image generation, {tokens} tokens, {order} order.
@@ -14,7 +17,7 @@ A [Fluid](https://arxiv.org/abs/2410.13863) model: autoregressive text-to-image 
 | Parameters | {parameters:,} |
 | Image size | {size} pixels, {grid} x {grid} tokens |
 | Trained on | {data} |
-| Steps | {step} of {batch} images |
+| Trained for | {step} steps of {batch} images |
 | Validation loss | {loss} |
 | Objective | {objective} |
 | Bundle sha256 | `{sha256}` |
@@ -23,6 +26,8 @@ A [Fluid](https://arxiv.org/abs/2410.13863) model: autoregressive text-to-image 
 | Checkpoint | `{checkpoint}` |
 | Licence | {licence} |
 | Attribution | {attribution} |
+
+{samples}
 
 ## Use
 
@@ -57,8 +62,9 @@ def model_card(
     metrics: dict[str, float],
     gates: list[Gate],
     pixels: tuple[int, int],
+    prompts: list[str],
 ) -> str:
-    """Markdown. `data`: [{"uri", "digest", "rows"}] of the encoded data sets."""
+    """Markdown. `data`: [{"uri", "digest", "rows"}] of the encoded data sets. `prompts`: those of samples.png, row by row."""
     generation = recipe.generation.model_dump()
     table = "\n".join(f"| {name} | {value:.4f} |" for name, value in sorted(metrics.items()))
     return _TEXT.format(
@@ -79,11 +85,21 @@ def model_card(
         checkpoint=tags["fluid.checkpoint"],
         licence=recipe.registry.licence,
         attribution=recipe.registry.attribution or "none needed",
+        samples=f"![fixed prompts](samples.png)\n\nFixed prompts, row by row: {'; '.join(prompts)}.",
         prompt=(recipe.training.sample_prompts or ["a red circle"])[0],
         defaults=", ".join(f"{name} {value}" for name, value in generation.items()),
         gates="\n".join(f"- {'passed' if gate.passed else '**refused**'}: {gate.name}: {gate.detail}" for gate in gates),
         metrics=f"| metric | value |\n|---|---|\n{table}" if table else "No evaluation was run for this recipe.",
     )
+
+
+def registry_description(card: str) -> str:
+    """The card as the registry shows it: without pictures, which it cannot, and no longer than its database allows."""
+    text = "\n".join(line for line in card.splitlines() if not line.startswith("!["))
+    if len(text) <= MAX_DESCRIPTION:
+        return text
+    more = "\n\n... the rest is in README.md of the bundle and of this version's run."
+    return text[: MAX_DESCRIPTION - len(more)].rsplit("\n", 1)[0] + more
 
 
 def _data_line(data: dict[str, Any]) -> str:

@@ -1,5 +1,6 @@
 """From a checkpoint to the champion: export, register, check, crown."""
 
+import io
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -8,9 +9,9 @@ from typing import Any
 from PIL import Image
 
 from fluid_core.config import Recipe, config_hash
-from fluid_core.registry.bundle import add_files, bundle_digest, mlmodel
+from fluid_core.registry.bundle import CARD, SAMPLES, SIGNATURE, add_files, bundle_digest, mlmodel
 from fluid_core.registry.bundle_store import upload_bundle
-from fluid_core.registry.card import model_card
+from fluid_core.registry.card import model_card, registry_description
 from fluid_core.registry.gates import Gate, bundle_gate, images_gate, metric_gates, validation_gate
 from fluid_core.registry.lineage import lineage_tags, manifest_summary, validation_loss
 from fluid_core.registry.model_registry import ModelRegistry
@@ -67,10 +68,17 @@ def promote(recipe: Recipe, run: str | None = None) -> Promotion:
         state = "failed"
         try:
             gates, images, facts = _check(recipe, folder, checkpoint, loss, metrics, champion)
-            card = model_card(recipe, tags, data, facts["parameters"], loss, metrics, gates, facts["pixels"])
+            card = model_card(
+                recipe, tags, data, facts["parameters"], loss, metrics, gates, facts["pixels"], fixed_prompts(recipe)
+            )
             created = datetime.now(UTC).isoformat(timespec="seconds")
-            add_files(folder, {"README.md": card, "MLmodel": mlmodel(registry.name, created, facts["pixels"])})
-            registry.client.update_model_version(registry.name, version, description=card)
+            files = {CARD: card.encode(), SIGNATURE: mlmodel(registry.name, created, facts["pixels"]).encode()}
+            if images:
+                samples = io.BytesIO()
+                sample_grid(images).save(samples, "PNG")
+                files[SAMPLES] = samples.getvalue()
+            add_files(folder, files)
+            registry.client.update_model_version(registry.name, version, description=registry_description(card))
             _log(tracker, gates, images, metrics, folder, version)
             crowned = all(gate.passed for gate in gates)
             if crowned:
@@ -136,14 +144,18 @@ def _check(
     if gates[0].passed:
         pipeline = FluidPipeline.from_pretrained(folder, verify=False)
         facts["parameters"] = sum(p.numel() for p in pipeline.model.parameters())
-        prompts = (recipe.training.sample_prompts or DEFAULT_PROMPTS)[:16]
-        gate, images = images_gate(pipeline, load_ema_state(checkpoint), prompts, recipe.seed)
+        gate, images = images_gate(pipeline, load_ema_state(checkpoint), fixed_prompts(recipe), recipe.seed)
         facts["pixels"] = images[0].size
         gates.append(gate)
     best = None if champion is None else champion.tags.get(VALIDATION_LOSS)
     same_data = champion is not None and champion.tags.get(VALIDATION_DATA) == _validation_digest(recipe)
     gates.append(validation_gate(recipe.registry, loss, None if best is None else float(best), same_data))
     return gates + metric_gates(recipe.registry, metrics), images, facts
+
+
+def fixed_prompts(recipe: Recipe) -> list[str]:
+    """What every candidate of a recipe draws."""
+    return (recipe.training.sample_prompts or DEFAULT_PROMPTS)[:16]
 
 
 def _validation_digest(recipe: Recipe) -> str:
@@ -160,7 +172,7 @@ def _log(
     tracker.set_tags({f"gate.{gate.name}": f"{'passed' if gate.passed else 'refused'}: {gate.detail}" for gate in gates})
     if images:
         tracker.log_image(sample_grid(images), "fixed_prompts", step=0)
-    tracker.log_artifact(folder / "README.md")
+    tracker.log_artifact(folder / CARD)
     tracker.log_artifact(folder / "manifest.json")
 
 

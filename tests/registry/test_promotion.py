@@ -11,9 +11,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from fake_run import add_checkpoint, fake_run
+from PIL import Image
 
 from fluid_core.config import Recipe, RegistryConfig
+from fluid_core.generation.bundle import verify_bundle
 from fluid_core.generation.pipeline import FluidPipeline
+from fluid_core.registry.card import MAX_DESCRIPTION, registry_description
 from fluid_core.registry.gates import images_gate, metric_gates, validation_gate
 from fluid_core.registry.model_registry import OWNER, STARTED, STATE, ModelRegistry, PromotionInProgress
 from fluid_core.registry.models import resolve_model
@@ -70,7 +73,13 @@ def test_a_checkpoint_becomes_champion_and_the_next_one_replaces_it(recipe: Reci
     assert version.tags["fluid.step"] == "20" and version.tags["fluid.validation_loss"] == "0.51"
     assert json.loads(version.tags["fluid.data"])[0]["uri"] == recipe.encode.output
     card = (second.bundle / "README.md").read_text()
-    assert version.description == card and "passed: images" in card and "Apache-2.0" in card
+    assert "passed: images" in card and "Apache-2.0" in card and "20 steps of" in card
+    # The registry's page has no place for the bundle's picture.
+    assert "![fixed prompts](samples.png)" in card and "samples.png" not in version.description
+    assert version.description.splitlines() == [line for line in card.splitlines() if not line.startswith("![")]
+    with Image.open(second.bundle / "samples.png") as samples:
+        assert samples.size == (64, 32)
+    verify_bundle(second.bundle)
     assert "signature" in (second.bundle / "MLmodel").read_text()
     # Registered by reference: the weights did not pass through MLflow.
     stored = sum(p.stat().st_size for p in (Path(recipe.runs_dir) / "mlartifacts").rglob("*") if p.is_file())
@@ -163,3 +172,11 @@ def test_a_damaged_bundle_is_refused(recipe: Recipe) -> None:
     weights.write_bytes(data)
     result = promote(recipe)
     assert not result.crowned and [gate.name for gate in result.gates if not gate.passed] == ["bundle"]
+    # The card of the refusal did not make the manifest true.
+    assert not promote(recipe).crowned
+
+
+def test_a_long_card_fits_into_the_registrys_tables() -> None:
+    card = "# name\n![fixed prompts](samples.png)\n" + "| metric | 0.5 |\n" * 600
+    text = registry_description(card)
+    assert len(text) <= MAX_DESCRIPTION and text.startswith("# name\n| metric") and "README.md" in text.splitlines()[-1]
