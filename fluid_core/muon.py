@@ -56,6 +56,11 @@ def orthogonalise(matrices: Tensor, iterations: int) -> Tensor:
     return x if wide else x.transpose(1, 2)
 
 
+def muon_update(updates: Tensor, iterations: int) -> Tensor:
+    """The orthogonalised updates (n, rows, cols) in AdamW's usual size, 0.2 sqrt(max(rows, cols)) (Liu et al., arXiv 2502.16982)."""
+    return orthogonalise(updates, iterations) * (0.2 * max(updates.shape[1:]) ** 0.5)
+
+
 def _through_gram(x: Tensor, iterations: int) -> Tensor:
     """The same iterations on G = x x^T alone: x is read twice in all, which halves the work for long matrices.
 

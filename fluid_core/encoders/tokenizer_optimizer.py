@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from fluid_core.config import TokenizerTrainingConfig
-from fluid_core.muon import orthogonalise
+from fluid_core.muon import muon_update
 from fluid_core.precision import computes_bf16
 
 ENDS = ("conv_in", "conv_out", "quant_conv", "quantize")
@@ -40,11 +40,9 @@ class KernelMuon(torch.optim.Optimizer):
             momentum.lerp_(p.grad, 1 - group["momentum"])
             updates.append(p.grad.lerp(momentum, group["momentum"]).reshape(shape))
         dtype = torch.bfloat16 if computes_bf16(kernels[0].device) else torch.float32
-        directions = orthogonalise(torch.stack(updates).to(dtype), group["iterations"])
-        # 0.2 sqrt(max(rows, cols)) gives the update AdamW's usual size (Liu et al., arXiv 2502.16982).
-        rate = group["lr"] * 0.2 * max(shape) ** 0.5
+        directions = muon_update(torch.stack(updates).to(dtype), group["iterations"])
         for p, direction in zip(kernels, directions, strict=True):
-            p.sub_(direction.reshape(p.shape), alpha=rate)
+            p.sub_(direction.reshape(p.shape), alpha=group["lr"])
 
 
 class TokenizerOptimizer:

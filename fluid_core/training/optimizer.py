@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
-from fluid_core.muon import orthogonalise
+from fluid_core.muon import muon_update
 from fluid_core.training.partitions import Partitions
 
 
@@ -65,11 +65,7 @@ class _Exchange:
                 b, i = self.place[s.name]
                 stacks[b][i].view(-1)[s.start : s.start + s.numel] = flat[at : at + s.numel]
                 at += s.numel
-        results = []
-        for stack in stacks:
-            rows, cols = stack.shape[1:]
-            # 0.2 sqrt(max(rows, cols)) gives the update AdamW's usual size (Liu et al., arXiv 2502.16982).
-            results.append((orthogonalise(stack, iterations) * (0.2 * max(rows, cols) ** 0.5)).contiguous())
+        results = [muon_update(stack, iterations).contiguous() for stack in stacks]
 
         def piece(s: Any) -> Tensor:
             b, i = self.place[s.name]

@@ -1,6 +1,8 @@
 """Muon's orthogonalisation, the schedule, and the health policy."""
 
 import math
+import platform
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,7 +10,8 @@ from tiny_fluid import padded, texts, tiny_model
 
 from fluid_core.config import TrainingConfig
 from fluid_core.model.draws import draw_training
-from fluid_core.muon import orthogonalise
+from fluid_core.muon import orthogonalise, polynomials
+from fluid_core.precision import uses_bf16
 from fluid_core.training.ema import ema_decay
 from fluid_core.training.health import HealthPolicy
 from fluid_core.training.metrics import BinnedLoss
@@ -30,6 +33,25 @@ def test_orthogonalise_brings_singular_values_near_one(shape: tuple[int, int]) -
     in_bf16 = orthogonalise(matrices.bfloat16(), 5)
     assert float((in_bf16.float() - u @ vh).norm() / (u @ vh).norm()) < 0.2
     assert torch.isfinite(orthogonalise(torch.zeros(1, 4, 8), 5)).all()
+
+
+def test_the_gram_matrix_gives_the_same_iterations() -> None:
+    torch.manual_seed(0)
+    matrices = torch.randn(3, 16, 64)
+    by_hand = matrices / (matrices.norm(dim=(1, 2), keepdim=True) * 1.01 + 1e-7)
+    for a, b, c in polynomials(4):
+        gram = by_hand @ by_hand.mT
+        by_hand = a * by_hand + (b * gram + c * gram @ gram) @ by_hand
+    assert torch.allclose(orthogonalise(matrices, 4), by_hand, atol=1e-4)
+
+
+def test_bf16_is_used_where_the_device_computes_it() -> None:
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    assert uses_bf16("auto", gpu) and uses_bf16("bf16", cpu) and not uses_bf16("fp32", gpu)
+    flags = Path("/proc/cpuinfo")
+    if flags.is_file() and platform.machine() == "x86_64":
+        words = flags.read_text().split()
+        assert uses_bf16("auto", cpu) == ("avx512_bf16" in words or "amx_bf16" in words)
 
 
 def test_schedules() -> None:
