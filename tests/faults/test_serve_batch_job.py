@@ -1,4 +1,4 @@
-"""pipelines/generate_batch.py: killed, run again, on S3; every line once, errors kept apart."""
+"""pipelines/generate_batch.py: the job or its actors killed; every line once, errors kept apart. On S3: tests/registry."""
 
 import hashlib
 import json
@@ -8,18 +8,18 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from PIL import Image
-from s3_support import ACCESS_KEY, BUCKET, SECRET_KEY, seaweed
 from serving_support import difference, small_recipe
 from tiny_fluid import tiny_pipeline
 
 from fluid_core.config import Recipe
-from fluid_core.data.storage import open_storage
 from fluid_core.serving.offline import OfflineJob
 from fluid_core.serving.provenance import read_provenance
 
@@ -118,30 +118,37 @@ def test_killed_and_run_again_every_line_is_done_once(
         OfflineJob(recipe, str(folder / "absent.jsonl"), str(folder / "out2")).run()
 
 
-@pytest.fixture
-def s3(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    with seaweed(tmp_path / "weed") as endpoint:
-        for name, value in (
-            ("AWS_ENDPOINT_URL", endpoint),
-            ("AWS_ACCESS_KEY_ID", ACCESS_KEY),
-            ("AWS_SECRET_ACCESS_KEY", SECRET_KEY),
-            ("AWS_REGION", "us-east-1"),
-        ):
-            monkeypatch.setenv(name, value)
-        yield f"s3://{BUCKET}"
+def workers() -> list[psutil.Process]:
+    """The processes of this session's Ray that hold a batch job's model."""
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.Error):
+            if " ".join(process.cmdline()).startswith("ray::MapWorker(MapBatches(ChunkActor))"):
+                found.append(process)
+    return found
 
 
-def test_from_s3_to_s3(ray_session: str, s3: str, recipe: Recipe) -> None:
-    from fluid_core.serving.ledger import JobLedger
-    from fluid_core.serving.offline import ChunkActor
-
-    data = b"".join(json.dumps({"prompt": "a red circle", "seed": i}).encode() + b"\n" for i in range(6))
-    open_storage(s3).put_bytes(data, "in/prompts.jsonl", overwrite=True)
-    job = OfflineJob(recipe, f"{s3}/in/prompts.jsonl", f"{s3}/out", 4)
-    # The actor runs here: Ray's workers of the shared session do not have this server's credentials.
-    actor = ChunkActor(job.recipe.model_dump(mode="json"), job.ref, job.prompts, job.output, job.plan().model_dump())
-    assert [int(actor({"chunk": [chunk]})["rows"][0]) for chunk in (0, 1)] == [4, 2]
-    summary = job.run()  # nothing is left to do but to collect
-    assert summary["images"] == 6 and len(JobLedger(job.storage).committed()) == 2
-    stored = {entry.name for entry in job.storage.list()}
-    assert {"output.jsonl", "summary.json", "images/000001/000000006.png"} <= stored
+def test_killed_actors_are_replaced_and_nothing_is_made_twice(ray_session: str, recipe: Recipe, folder: Path) -> None:
+    prompts, output = folder / "many.jsonl", folder / "killed"
+    prompts.write_text("".join(json.dumps({"prompt": "a red circle", "seed": i, "steps": 8}) + "\n" for i in range(LINES)))
+    job = OfflineJob(recipe, str(prompts), str(output), 4)
+    killed: set[int] = set()
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(job.run)
+        # One before the first chunk is done, as far as can be timed, and one later.
+        for least in (0, 4):
+            until = time.monotonic() + 120
+            while time.monotonic() < until and not running.done():
+                found = [process for process in workers() if process.pid not in killed]
+                if found and len(list(output.glob("_ledger/*.json"))) >= least:
+                    found[0].kill()
+                    killed.add(found[0].pid)
+                    break
+                time.sleep(0.02)
+        summary = running.result(timeout=300)
+    assert len(killed) == 2
+    assert (summary["rows"], summary["images"], summary["failed"]) == (LINES, LINES, 0)
+    rows = [json.loads(line) for line in (output / "output.jsonl").read_text().splitlines()]
+    assert [row["line"] for row in rows] == list(range(1, LINES + 1)) and [row["seed"] for row in rows] == list(range(LINES))
+    assert all(hashlib.sha256((output / row["image"]).read_bytes()).hexdigest() == row["sha256"] for row in rows)
+    assert len(list(output.rglob("*.png"))) == LINES and len(list(output.glob("_ledger/*.json"))) == LINES // 4
