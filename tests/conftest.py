@@ -27,6 +27,7 @@ os.environ.update(
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from s3_support import BUCKET, FaultyProxy, environment, seaweed  # noqa: E402
 
 torch.set_num_threads(1)
 
@@ -74,3 +75,33 @@ def ray_session() -> Iterator[str]:
 
                 serve.shutdown()
             ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def s3_endpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of a real S3 server."""
+    with seaweed(tmp_path_factory.mktemp("weed")) as endpoint:
+        yield endpoint
+
+
+@pytest.fixture(scope="module")
+def s3(s3_endpoint: str) -> Iterator[str]:
+    """The URI of a bucket that AWS clients reach while the module's tests run."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in environment(s3_endpoint).items():
+            patch.setenv(name, value)
+        yield f"s3://{BUCKET}"
+
+
+@pytest.fixture
+def proxy(s3_endpoint: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultyProxy]:
+    """A proxy in front of the server, which AWS clients reach through it; pauses between attempts are short."""
+    from fluid_core.data import storage
+
+    faulty = FaultyProxy(s3_endpoint)
+    for name, value in environment(faulty.endpoint).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(storage, "FIRST_PAUSE_SECONDS", 0.01)
+    monkeypatch.setattr(storage, "READ_TIMEOUT_SECONDS", 1)
+    yield faulty
+    faulty.close()

@@ -18,6 +18,18 @@ ACCESS_KEY, SECRET_KEY = "fluid-test", "fluid-test-secret"
 BUCKET = "fluid"
 
 
+def environment(endpoint: str) -> dict[str, str]:
+    """What the AWS clients of this process and its children need to talk to a test server."""
+    return {
+        "AWS_ENDPOINT_URL": endpoint,
+        "AWS_ACCESS_KEY_ID": ACCESS_KEY,
+        "AWS_SECRET_ACCESS_KEY": SECRET_KEY,
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_REGION": "us-east-1",
+        "AWS_EC2_METADATA_DISABLED": "true",
+    }
+
+
 def free_ports(count: int) -> list[int]:
     """Free ports whose gRPC twins (+10000) are free too."""
     found: list[int] = []

@@ -3,13 +3,12 @@
 import os
 import random
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from encoding_support import content, encode_here, make_shards, recipe_values
-from s3_support import ACCESS_KEY, BUCKET, SECRET_KEY, FaultyProxy, seaweed
+from s3_support import BUCKET
 
 from fluid_core.config import Recipe
 from fluid_core.data import storage as storage_module
@@ -18,26 +17,6 @@ from fluid_core.encoding.verify import verify
 from fluid_core.latents.reader import EncodedDataset
 
 SEEDS = int(os.environ.get("FLUID_KILL_SEEDS", "1"))
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    with seaweed(tmp_path_factory.mktemp("weed")) as endpoint:
-        yield endpoint
-
-
-@pytest.fixture
-def proxy(server: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultyProxy]:
-    faulty = FaultyProxy(server)
-    for name, value in {
-        "AWS_ENDPOINT_URL": faulty.endpoint, "AWS_ACCESS_KEY_ID": ACCESS_KEY, "AWS_SECRET_ACCESS_KEY": SECRET_KEY,
-        "AWS_DEFAULT_REGION": "us-east-1", "AWS_EC2_METADATA_DISABLED": "true",
-    }.items():  # fmt: skip
-        monkeypatch.setenv(name, value)
-    monkeypatch.setattr(storage_module, "FIRST_PAUSE_SECONDS", 0.01)
-    monkeypatch.setattr(storage_module, "READ_TIMEOUT_SECONDS", 1)
-    yield faulty
-    faulty.close()
 
 
 def sometimes(rate: float, kinds: list[str], seed: int) -> Any:

@@ -4,7 +4,6 @@ import asyncio
 import json
 import os
 import signal
-import socket
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -15,7 +14,7 @@ from typing import Any
 import httpx
 import psutil
 import pytest
-from serving_support import Server, difference, image_of, request, small_recipe
+from serving_support import Server, difference, image_of, metric, open_request, request, small_recipe
 from tiny_fluid import tiny_pipeline
 
 from fluid_core.registry.model_registry import ModelRegistry
@@ -40,10 +39,6 @@ class Faulty(Server):
     def ask(self, **body: Any) -> tuple[int, dict[str, str], dict[str, Any]]:
         status, headers, data = request(self, PATH, {"prompt": "a red circle", **body}, headers=self.auth)
         return status, headers, json.loads(data)
-
-    def metric(self, name: str) -> float:
-        text = request(self, "/metrics")[2].decode()
-        return sum(float(line.rsplit(" ", 1)[1]) for line in text.splitlines() if line.split("{")[0].split(" ")[0] == name)
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +86,7 @@ def settled(server: Faulty, seconds: float = 60) -> bool:
     """True when no image is in flight any more."""
     until = time.monotonic() + seconds
     while time.monotonic() < until:
-        if server.metric("fluid_images_in_flight") == 0:
+        if metric(server, "fluid_images_in_flight") == 0:
             return True
         time.sleep(0.1)
     return False
@@ -133,7 +128,7 @@ def test_ten_times_the_capacity_is_refused_in_order_and_nothing_is_lost(server: 
             found = await asyncio.gather(*(one(client, number) for number in range(clients)))
         return [answer for answers in found for answer in answers]
 
-    images, memory = server.metric("fluid_images_total"), resident()
+    images, memory = metric(server, "fluid_images_total"), resident()
     answers = asyncio.run(flood())
     statuses = Counter(answer.status_code for _, answer in answers)
     assert set(statuses) == {200, 429} and statuses[200] >= QUEUE
@@ -143,7 +138,7 @@ def test_ten_times_the_capacity_is_refused_in_order_and_nothing_is_lost(server: 
         else:
             assert answer.json()["data"][0]["seed"] == number
     assert settled(server)
-    assert server.metric("fluid_images_total") == images + statuses[200]
+    assert metric(server, "fluid_images_total") == images + statuses[200]
     assert resident() - memory < 200 * 2**20, "memory grew under load"
     assert server.ask(steps=1)[0] == 200
 
@@ -161,20 +156,15 @@ def test_a_late_request_ends_with_504(server: Faulty) -> None:
 
 def test_work_stops_when_the_client_goes_away(server: Faulty) -> None:
     for stream in (False, True):
-        before = server.metric("fluid_cancelled_total")
-        body = json.dumps({"prompt": "a red circle", "steps": 256, "size": "128x128", "n": 8, "stream": stream}).encode()
-        host, port = server.url.removeprefix("http://").split(":")
-        connection = socket.create_connection((host, int(port)))
-        head = (
-            f"POST {PATH} HTTP/1.1\r\nHost: {host}\r\nAuthorization: Bearer {server.key}\r\nContent-Type: application/json\r\n"
-        )
-        connection.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+        before = metric(server, "fluid_cancelled_total")
+        body = {"prompt": "a red circle", "steps": 256, "size": "128x128", "n": 8, "stream": stream}
+        connection = open_request(server, PATH, body, {"Authorization": f"Bearer {server.key}"})
         until = time.monotonic() + 60
-        while server.metric("fluid_images_in_flight") == 0 and time.monotonic() < until:
+        while metric(server, "fluid_images_in_flight") == 0 and time.monotonic() < until:
             time.sleep(0.02)
         connection.close()
         assert settled(server), "the images of a client that left were not dropped"
-        assert server.metric("fluid_cancelled_total") == before + 1
+        assert metric(server, "fluid_cancelled_total") == before + 1
 
 
 def test_a_request_survives_the_death_of_its_replica(server: Faulty) -> None:
@@ -183,7 +173,7 @@ def test_a_request_survives_the_death_of_its_replica(server: Faulty) -> None:
     with ThreadPoolExecutor(4) as pool:
         jobs = [pool.submit(server.ask, seed=i, steps=16, n=3) for i in range(4)]
         until = time.monotonic() + 60
-        while server.metric("fluid_images_in_flight") == 0 and time.monotonic() < until:
+        while metric(server, "fluid_images_in_flight") == 0 and time.monotonic() < until:
             time.sleep(0.01)
         os.kill(victims[0].pid, signal.SIGKILL)
         answers = [job.result() for job in jobs]

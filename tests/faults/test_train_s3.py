@@ -1,38 +1,22 @@
 """Training whose checkpoints go to S3, while S3 is down and while the trainer dies: real processes, a real server."""
 
+import os
+import shutil
+import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
-import pytest
-from s3_support import ACCESS_KEY, BUCKET, SECRET_KEY, FaultyProxy, seaweed
+import yaml
+from s3_support import BUCKET, FaultyProxy
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "training"))
 
-from small_run import small_recipe, start_workers
+from small_run import run_workers, small_recipe, start_workers
 
+from fluid_core.training.checkpoint import list_checkpoints
 from fluid_core.training.metrics import read_metrics
-from fluid_core.training.remote import RemoteCheckpoints
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    with seaweed(tmp_path_factory.mktemp("weed")) as endpoint:
-        yield endpoint
-
-
-@pytest.fixture
-def proxy(server: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultyProxy]:
-    faulty = FaultyProxy(server)
-    for name, value in {
-        "AWS_ENDPOINT_URL": faulty.endpoint, "AWS_ACCESS_KEY_ID": ACCESS_KEY, "AWS_SECRET_ACCESS_KEY": SECRET_KEY,
-        "AWS_DEFAULT_REGION": "us-east-1", "AWS_EC2_METADATA_DISABLED": "true",
-    }.items():  # fmt: skip
-        monkeypatch.setenv(name, value)
-    yield faulty
-    faulty.close()
-
+from fluid_core.training.remote import RemoteCheckpoints, fetch_newest
 
 _SHORT_PAUSES = """
 import fluid_core.data.storage as storage, fluid_core.training.remote as remote
@@ -61,3 +45,45 @@ def test_s3_is_down_while_a_run_trains_to_its_end(proxy: FaultyProxy, tmp_path: 
     assert f"they are safe in {recipe.training_dir / 'checkpoints'}" in notices
     remote = RemoteCheckpoints(uri)
     assert [(c.step, remote.problem(c)) for c in remote.list()] == [(4, None), (6, None)]
+
+
+_DIES_BEFORE_THE_MARKER_OF_STEP_4 = (
+    _SHORT_PAUSES
+    + """
+put = storage.S3Storage.put_bytes
+def die(self, data, name, overwrite):
+    if name == "step_00000004/_COMPLETE":
+        os._exit(9)
+    return put(self, data, name, overwrite)
+storage.S3Storage.put_bytes = die
+"""
+)
+
+
+def test_killed_between_the_last_file_and_the_marker(proxy: FaultyProxy, repository: Path, tmp_path: Path) -> None:
+    uri = f"s3://{BUCKET}/killed"
+    recipe = small_recipe(tmp_path, workers=1, max_steps=4, checkpoint_path=uri)
+    run_workers(recipe, _DIES_BEFORE_THE_MARKER_OF_STEP_4, ok=False)
+    remote, root = RemoteCheckpoints(uri), recipe.training_dir / "checkpoints"
+    assert [c.step for c in list_checkpoints(root) if c.complete] == [2, 4]
+    partial = next(c for c in remote.list() if c.step == 4)
+    assert not partial.complete and {"rank_00000.safetensors", "state.json"} <= partial.sizes.keys()
+    fetch_newest(remote, tmp_path / "elsewhere", print)
+    assert 4 not in [c.step for c in list_checkpoints(tmp_path / "elsewhere")]
+    # On the same machine the next start completes the copy.
+    run_workers(recipe, _SHORT_PAUSES)
+    assert [(c.step, remote.problem(c)) for c in remote.list()] == [(2, None), (4, None)]
+
+    # Another machine, which has nothing but the recipe and S3: the driver fetches, Ray's workers go on from there.
+    shutil.rmtree(recipe.training_dir)
+    config = tmp_path / "recipe.yaml"
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    command = [sys.executable, "-W", "ignore", str(repository / "pipelines" / "pretrain.py"), "--config", str(config)]
+    refused = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=repository, check=False)
+    assert refused.returncode == 2 and f"{uri} holds a run of another recipe" in refused.stderr, refused.stderr
+    command += ["--resume", "--set", "training.max_steps=6"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=repository, check=False)
+    assert done.returncode == 0 and f"fetched {uri}/step_00000004" in done.stderr + done.stdout, done.stderr
+    assert [line["step"] for line in read_metrics(recipe.training_dir / "metrics.jsonl")] == [5, 6]
+    assert [(c.step, remote.problem(c)) for c in remote.list()] == [(2, None), (4, None), (6, None)]
+    assert yaml.safe_load((recipe.training_dir / "run.json").read_text())["checkpoints"] == uri

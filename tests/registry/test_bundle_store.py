@@ -7,13 +7,11 @@ import shutil
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from fake_run import add_checkpoint, fake_run
 from PIL import Image
-from s3_support import ACCESS_KEY, BUCKET, SECRET_KEY, seaweed
 from tiny_fluid import tiny_pipeline
 
 from fluid_core.data.storage import open_storage
@@ -23,19 +21,6 @@ from fluid_core.registry.models import resolve_model
 from fluid_core.registry.promotion import promote
 from fluid_core.serving.errors import ApiError
 from fluid_core.serving.files import FileStore
-
-
-@pytest.fixture(scope="module")
-def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    with seaweed(tmp_path_factory.mktemp("weed")) as endpoint, pytest.MonkeyPatch.context() as patch:
-        for name, value in (
-            ("AWS_ENDPOINT_URL", endpoint),
-            ("AWS_ACCESS_KEY_ID", ACCESS_KEY),
-            ("AWS_SECRET_ACCESS_KEY", SECRET_KEY),
-            ("AWS_REGION", "us-east-1"),
-        ):
-            patch.setenv(name, value)
-        yield f"s3://{BUCKET}"
 
 
 def test_up_and_down(s3: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

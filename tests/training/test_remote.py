@@ -3,13 +3,11 @@
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from s3_support import ACCESS_KEY, BUCKET, SECRET_KEY, seaweed
 from safetensors.torch import save_file
 
 from fluid_core.cli import main
@@ -19,19 +17,6 @@ from fluid_core.training import remote as module
 from fluid_core.training.checkpoint import Checkpoint, list_checkpoints, pin
 from fluid_core.training.remote import RemoteCheckpoints, Uploader, fetch_newest
 from fluid_core.workflow.stage import file_sha256, write_json_atomic
-
-
-@pytest.fixture(scope="module")
-def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    with seaweed(tmp_path_factory.mktemp("weed")) as endpoint, pytest.MonkeyPatch.context() as patch:
-        for name, value in (
-            ("AWS_ENDPOINT_URL", endpoint),
-            ("AWS_ACCESS_KEY_ID", ACCESS_KEY),
-            ("AWS_SECRET_ACCESS_KEY", SECRET_KEY),
-            ("AWS_REGION", "us-east-1"),
-        ):
-            patch.setenv(name, value)
-        yield f"s3://{BUCKET}"
 
 
 def checkpoint(root: Path, step: int) -> Checkpoint:

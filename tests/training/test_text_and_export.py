@@ -3,12 +3,17 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 from small_run import run_workers, small_recipe, write_encoders
 
 from fluid_core.cli import main
+from fluid_core.config import Recipe
+from fluid_core.generation.pipeline import FluidPipeline
 from fluid_core.planning import text_encoder_bytes
 from fluid_core.training.metrics import read_metrics
+from fluid_core.training.sampling import _row
 
 # The order of samples comes from the manifest's hash, in which the two data sets differ.
 _SAME_ORDER = """
@@ -59,3 +64,22 @@ def test_the_planner_counts_the_text_encoder_of_the_worker(
     # T5-XXL's encoder has 4.76B parameters.
     assert 8.8 < tokens["text_encoder"] < 10.5 and "text_encoder" not in embeddings
     assert tokens["total"] - embeddings["total"] == pytest.approx(tokens["text_encoder"], abs=0.01)
+
+
+def test_an_exported_checkpoint_gives_the_trainers_own_samples(tmp_path: Path) -> None:
+    write_encoders(tmp_path)
+    recipe: Recipe = small_recipe(
+        tmp_path, max_steps=2, learning_rate=0.05, warmup_steps=0, sample_prompts=["a red circle", "two blue square"]
+    )
+    recipe.generation = recipe.generation.model_copy(update={"num_steps": 4, "head_steps": 3, "solver": "heun"})
+    run_workers(recipe)
+    for weights in ("ema", "master"):
+        with pytest.raises(SystemExit) as end:
+            main(["export", str(recipe.training_dir), str(tmp_path / weights), "--weights", weights])
+        assert end.value.code == 0
+    grids = {name: np.asarray(Image.open(recipe.training_dir / "samples" / f"{name}_00000002.png")) for name in ("ema", "raw")}
+    assert not np.array_equal(grids["ema"], grids["raw"])
+    for weights, name in (("ema", "ema"), ("master", "raw")):
+        pipeline = FluidPipeline.from_pretrained(tmp_path / weights)
+        images = pipeline(recipe.training.sample_prompts, seed=recipe.seed)
+        assert np.array_equal(np.asarray(_row(images)), grids[name])
