@@ -35,7 +35,9 @@ def main(recipe: Recipe, args: argparse.Namespace) -> int:
     paths = [item.path for item in training.datasets] or [recipe.encode.output]
     hashes = [EncodedDataset(path).manifest.hash for path in paths]
     weights = [item.weight for item in training.datasets]
-    learned = training.model_dump(mode="json", exclude=_CONDUCT | {"datasets"})
+    # The default reader is left out: runs from before there was a choice keep their fingerprint.
+    unlearned = _CONDUCT | {"datasets"} | ({"loader"} if training.loader == "parquet" else set())
+    learned = training.model_dump(mode="json", exclude=unlearned)
     stage = Stage(recipe, "pretrain", config=[recipe.model, learned, weights, recipe.seed], inputs=hashes)
     if training.run_name and training.run_name != recipe.name:
         stage.path = recipe.training_dir / "stages" / "pretrain.json"

@@ -39,6 +39,9 @@ class TrainingConfig(Section):
     decay_fraction: float = Field(0.3, ge=0, le=1, description="schedule: linear_decay, share of the steps that decay")
     ema_decay: float = Field(0.9999, ge=0, lt=1)
 
+    loader: Literal["parquet", "ray_data"] = Field(
+        "parquet", description="ray_data: streamed by Ray Data; a resume is exact at the same number of workers only"
+    )
     shuffle_window: int = Field(65_536, gt=0, description="rows shuffled together")
     checkpoint_every: int = Field(2000, gt=0)
     keep_last: int = Field(3, gt=0)

@@ -104,6 +104,11 @@ class EncodedDataset:
                 None reads all there are. Columns left out come back empty or None.
             choose_caption: picks one of several captions of a row; the first by default.
         """
+        table = self.read_table(shard_index, group_index, columns)
+        return self.rows_of(table, self.latent_size(shard_index, group_index), choose_caption)
+
+    def read_table(self, shard_index: int, group_index: int, columns: Sequence[str] | None = None) -> pa.Table:
+        """One row group as it is stored, with all captions of a row; `columns` as in `read_group`, "text" is `embeddings`."""
         shard = self.manifest.shards[shard_index]
         wanted = set(columns) if columns is not None else None
         latents = self._file(f"latents/{shard.id}.parquet", shard, shard.bytes)
@@ -113,10 +118,20 @@ class EncodedDataset:
         rows = shard.row_groups[group_index]
         if table.num_rows != rows:
             raise ValueError(f"{latents_name}: row group {group_index} has {table.num_rows} rows, manifest says {rows}")
+        if self.manifest.text_mode == "embeddings" and (wanted is None or "text" in wanted):
+            name = f"text/{shard.id}.parquet"
+            text = self._file(name, shard, shard.text_bytes).read_row_group(group_index, use_threads=False)
+            if not text["key"].equals(table["key"]):
+                raise ValueError(f"{self._name(name)}: keys of row group {group_index} are not those of the latents file")
+            table = table.append_column("embeddings", text["embeddings"])
+        return table
+
+    def rows_of(self, table: pa.Table, latent_size: tuple[int, int], choose_caption: ChooseCaption | None = None) -> Rows:
+        """What a table of `read_table`, or some of its rows, holds; `latent_size` is (H, W)."""
         keys = table["key"].to_pylist()
         captions = table["captions"].to_pylist()
         chosen = [choose_caption(key, len(c)) if choose_caption else 0 for key, c in zip(keys, captions, strict=True)]
-        height, width = self.latent_size(shard_index, group_index)
+        height, width = latent_size
 
         def tensor(name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor | None:
             return stack_column(table[name], dtype, shape) if name in table.column_names else None
@@ -128,8 +143,9 @@ class EncodedDataset:
         if "token_ids" in table.column_names:
             token_ids = [np.frombuffer(v, dtype=token_dtype) for v in _pick(table["token_ids"], chosen)]
         text = None
-        if self.manifest.text_mode == "embeddings" and (wanted is None or "text" in wanted):
-            text = self._text(shard, group_index, chosen, keys)
+        if "embeddings" in table.column_names:
+            text_width, dtype = int(self.manifest.encoders["text"]["width"]), self.manifest.text_dtype
+            text = [unpack_embedding(value, text_width, dtype) for value in _pick(table["embeddings"], chosen)]
         return Rows(
             keys=keys,
             captions=[c[i] for c, i in zip(captions, chosen, strict=True)],
@@ -141,14 +157,6 @@ class EncodedDataset:
             token_ids=token_ids,
             text=text,
         )
-
-    def _text(self, shard: Shard, group_index: int, chosen: list[int], keys: list[str]) -> list[Tensor]:
-        name = f"text/{shard.id}.parquet"
-        table = self._file(name, shard, shard.text_bytes).read_row_group(group_index, use_threads=False)
-        if table["key"].to_pylist() != keys:
-            raise ValueError(f"{self._name(name)}: keys of row group {group_index} are not those of the latents file")
-        width = int(self.manifest.encoders["text"]["width"])
-        return [unpack_embedding(value, width, self.manifest.text_dtype) for value in _pick(table["embeddings"], chosen)]
 
     def _name(self, name: str) -> str:
         return f"{self.root.rstrip('/')}/{name}"

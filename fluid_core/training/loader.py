@@ -10,9 +10,10 @@ import hashlib
 import queue
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from itertools import count
 from typing import Any
 
 import numpy as np
@@ -199,37 +200,39 @@ class Loader:
 
     def stream(self, start: int, prefetch: int = 2) -> Generator[list[Batch], None, None]:
         """Batches from `start` on, prepared by a thread `prefetch` global batches ahead. An error there is raised here."""
-        ready: queue.Queue[list[Batch] | BaseException] = queue.Queue(prefetch)
-        stop = threading.Event()
+        return read_ahead((self.batches(position) for position in count(start, self.slicing.batch_size)), prefetch)
 
-        def work() -> None:
-            position = start
-            item: list[Batch] | BaseException
+
+def read_ahead(batches: Iterator[list[Batch]], prefetch: int) -> Generator[list[Batch], None, None]:
+    """The same endless batches, prepared by a thread `prefetch` items ahead. An error there is raised here."""
+    ready: queue.Queue[list[Batch] | BaseException] = queue.Queue(prefetch)
+    stop = threading.Event()
+
+    def work() -> None:
+        item: list[Batch] | BaseException
+        while not stop.is_set():
+            try:
+                item = next(batches)
+            except BaseException as error:
+                item = error
             while not stop.is_set():
                 try:
-                    item = self.batches(position)
-                except BaseException as error:
-                    item = error
-                while not stop.is_set():
-                    try:
-                        ready.put(item, timeout=0.5)
-                        break
-                    except queue.Full:
-                        continue
-                if isinstance(item, BaseException):
-                    return
-                position += self.slicing.batch_size
+                    ready.put(item, timeout=0.5)
+                    break
+                except queue.Full:
+                    continue
+            if isinstance(item, BaseException):
+                return
 
-        thread = threading.Thread(target=work, daemon=True, name="fluid-loader")
-        thread.start()
-        try:
-            while True:
-                item = ready.get()
-                if isinstance(item, BaseException):
-                    raise item
-                yield item
-        finally:
-            stop.set()
+    threading.Thread(target=work, daemon=True, name="fluid-loader").start()
+    try:
+        while True:
+            item = ready.get()
+            if isinstance(item, BaseException):
+                raise item
+            yield item
+    finally:
+        stop.set()
 
 
 class Collator:

@@ -28,9 +28,11 @@ from fluid_core.training.checkpoint import Checkpointer, latest_complete
 from fluid_core.training.ema import ShardedEMA
 from fluid_core.training.engine import Engine
 from fluid_core.training.health import HealthPolicy, Watchdog
-from fluid_core.training.loader import Batch, Loader, Slicing
+from fluid_core.training.loader import Batch, Collator, Loader, Slicing
 from fluid_core.training.metrics import BinnedLoss, MetricsFile
 from fluid_core.training.notices import say
+from fluid_core.training.ray_data import NAME as RAY_DATASET
+from fluid_core.training.ray_data import RayDataLoader
 from fluid_core.training.remote import RemoteCheckpoints, Uploader
 from fluid_core.training.sampling import Sampler
 from fluid_core.training.schedule import learning_rate_factor
@@ -62,14 +64,7 @@ class TrainingLoop:
         self._lock = _writer_lock(self.run_dir) if self.rank == 0 else None
         self.datasets = [(EncodedDataset(item.path, item.source), item.weight) for item in recipe.mixture]
         self.slicing = Slicing(self.training.batch_size, self.rank, self.world_size, self.training.micro_batch_size)
-        self.loader = Loader(
-            self.datasets,
-            recipe.model,
-            recipe.seed,
-            self.slicing,
-            self.training.shuffle_window,
-            text_encoder(recipe, self.datasets),
-        )
+        self.loader = self._loader()
         self.engine = Engine(recipe.model, self.training, recipe.seed)
         self.null_text = self.loader.collator.null_text_LE.to(self.engine.device)
         self.ema = ShardedEMA(self.engine.partitions, self.training.ema_decay)
@@ -97,6 +92,17 @@ class TrainingLoop:
         self.sampler: Sampler | None = None
         self.watchdog = Watchdog(self.training.watchdog_seconds, self.run_dir, self.rank)
         self.engine.optimizer.veto = self._vetoed
+
+    def _loader(self) -> Loader | RayDataLoader:
+        encode_ids, window = text_encoder(self.recipe, self.datasets), self.training.shuffle_window
+        if self.training.loader == "parquet":
+            return Loader(self.datasets, self.recipe.model, self.recipe.seed, self.slicing, window, encode_ids)
+        import ray.train
+
+        data = self.datasets[0][0]
+        collator = Collator(data.manifest, self.recipe.model, encode_ids)
+        shard = ray.train.get_dataset_shard(RAY_DATASET)
+        return RayDataLoader(data, shard, self.recipe.seed, self.slicing, window, collator)
 
     # Start and end.
 

@@ -17,6 +17,7 @@ from typing import Any
 from tqdm import tqdm
 
 from fluid_core.config import Recipe
+from fluid_core.data.storage import absolute
 from fluid_core.entry import KEEP_FREED_MEMORY, ray_session
 from fluid_core.latents.reader import EncodedDataset
 from fluid_core.registry.tracking import Tracker
@@ -25,6 +26,8 @@ from fluid_core.training.loader import Slicing, check_datasets
 from fluid_core.training.loop import STOP_FILE, RunSettings
 from fluid_core.training.metrics import read_metrics
 from fluid_core.training.notices import NOTICES, say
+from fluid_core.training.ray_data import NAME as RAY_DATASET
+from fluid_core.training.ray_data import streaming_dataset
 from fluid_core.training.remote import RemoteCheckpoints, fetch_newest
 from fluid_core.workflow.stage import write_json_atomic
 
@@ -89,6 +92,8 @@ def check_inputs(recipe: Recipe) -> None:
         raise ValueError(f"training.warmup_steps {training.warmup_steps} is more than max_steps {training.max_steps}")
     if training.offload_optimizer and training.zero_stage == 0:
         raise ValueError("training.offload_optimizer needs zero_stage 1, 2 or 3")
+    if training.loader == "ray_data" and len(recipe.mixture) > 1:
+        raise ValueError("training.loader: ray_data reads one data set; use loader: parquet for training.datasets of several")
     datasets = [(EncodedDataset(item.path, item.source), item.weight) for item in recipe.mixture]
     validation = recipe.encode.validation_output
     checked = datasets + ([(EncodedDataset(validation), 1.0)] if validation else [])
@@ -219,7 +224,9 @@ def _fit(recipe: Recipe, settings: RunSettings) -> None:
 
     training = recipe.training
     have = ray.cluster_resources()
-    for name, wanted in (("CPU", float(training.workers)), ("GPU", training.workers * training.gpus_per_worker)):
+    # Ray Data's tasks need a CPU that no worker holds.
+    cpus = float(training.workers + (training.loader == "ray_data"))
+    for name, wanted in (("CPU", cpus), ("GPU", training.workers * training.gpus_per_worker)):
         if have.get(name, 0.0) < wanted:
             raise ValueError(
                 f"training asks for {wanted:g} {name}s and Ray has {have.get(name, 0.0):g}: lower training.workers"
@@ -233,8 +240,14 @@ def _fit(recipe: Recipe, settings: RunSettings) -> None:
         def _register_sigint_handler(self, controller: Any) -> None:
             """Ctrl-C is ours, it saves a checkpoint; Ray's handler would abort the workers."""
 
+    streamed: dict[str, Any] = {}
+    if training.loader == "ray_data":
+        item = recipe.mixture[0]
+        dataset, config = streaming_dataset(EncodedDataset(absolute(item.path), item.source), recipe.seed)
+        streamed = {"datasets": {RAY_DATASET: dataset}, "dataset_config": config}
     trainer = Trainer(
         worker,
+        **streamed,
         train_loop_config={
             "recipe": recipe.model_dump(mode="json"),
             "settings": asdict(settings),
