@@ -34,8 +34,8 @@ def main(recipe: Recipe, args: argparse.Namespace) -> int:
     training = recipe.training
     paths = [item.path for item in training.datasets] or [recipe.encode.output]
     hashes = [EncodedDataset(path).manifest.hash for path in paths]
-    weights = [item.weight for item in training.datasets]
-    # The default reader is left out: runs from before there was a choice keep their fingerprint.
+    # The default reader and start are left out: runs from before there was a choice keep their fingerprint.
+    weights = [[item.weight, item.from_step] if item.from_step else item.weight for item in training.datasets]
     unlearned = _CONDUCT | {"datasets"} | ({"loader"} if training.loader == "parquet" else set())
     learned = training.model_dump(mode="json", exclude=unlearned)
     stage = Stage(recipe, "pretrain", config=[recipe.model, learned, weights, recipe.seed], inputs=hashes)

@@ -12,6 +12,7 @@ class MixtureItem(Section):
     path: str = Field(description="an encoded data set")
     source: str | None = Field(None, description="only the shards that came from this entry of data.sources (a glob)")
     weight: float = Field(1.0, gt=0)
+    from_step: int = Field(0, ge=0, description="joins the mixture at about this step: a curriculum")
 
 
 class TrainingConfig(Section):

@@ -128,7 +128,8 @@ def newest_checkpoint(training_dir: Path, recipe: Recipe) -> tuple[Path, int]:
 
 
 def _datasets(recipe: Recipe) -> list[str]:
-    return [item.path for item in recipe.training.datasets] or [recipe.encode.output]
+    """The encoded data sets, each once: a mixture may name one several times, by source."""
+    return list(dict.fromkeys(item.path for item in recipe.training.datasets)) or [recipe.encode.output]
 
 
 def _check(

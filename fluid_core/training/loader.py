@@ -10,7 +10,7 @@ import hashlib
 import queue
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import count
@@ -162,6 +162,7 @@ class Loader:
 
     Args:
         datasets: (data set, weight) pairs; all must have passed `check_datasets`.
+        from_steps: the step at which each joins the mixture; all from the start by default.
         encode_ids: needed for data sets of token ids alone (`text_mode: tokens`).
     """
 
@@ -174,9 +175,11 @@ class Loader:
         window: int = 65_536,
         encode_ids: EncodeIds | None = None,
         collator: "Collator | None" = None,
+        from_steps: Sequence[int] = (),
     ):
         self.slicing = slicing
-        self._mixture = MixtureOrder([weight for _, weight in datasets], seed)
+        begins = [step * slicing.batch_size for step in from_steps]
+        self._mixture = MixtureOrder([weight for _, weight in datasets], seed, begins)
         self._sources = [
             _Source(data, i, DatasetOrder(data.row_groups, data.manifest.hash, seed, window), self._mixture, slicing, seed)
             for i, (data, _) in enumerate(datasets)
@@ -187,7 +190,7 @@ class Loader:
 
     def epoch(self, position: int) -> float:
         """How often the first data set has been seen at a global position (for the log)."""
-        return position * self._mixture.counts[0] / self._mixture.counts.sum() / max(1, self._sources[0].order.rows)
+        return self._mixture.seen(0, position) / max(1, self._sources[0].order.rows)
 
     def batches(self, start: int) -> list[Batch]:
         """This worker's micro-batches of the global batch that begins at position `start`."""

@@ -96,7 +96,10 @@ class TrainingLoop:
     def _loader(self) -> Loader | RayDataLoader:
         encode_ids, window = text_encoder(self.recipe, self.datasets), self.training.shuffle_window
         if self.training.loader == "parquet":
-            return Loader(self.datasets, self.recipe.model, self.recipe.seed, self.slicing, window, encode_ids)
+            begins = [item.from_step for item in self.recipe.mixture]
+            return Loader(
+                self.datasets, self.recipe.model, self.recipe.seed, self.slicing, window, encode_ids, from_steps=begins
+            )
         import ray.train
 
         data = self.datasets[0][0]

@@ -39,6 +39,22 @@ def test_mixture_keeps_its_shares_and_can_be_inverted() -> None:
         MixtureOrder([1.0, 1e-6], seed=0)
 
 
+def test_a_data_set_joins_the_mixture_later() -> None:
+    mixture = MixtureOrder([3.0, 1.0, 4.0], seed=1, begins=[BLOCK + 1, 0, 3 * BLOCK])
+    located = [mixture.locate(p) for p in range(6 * BLOCK)]
+    assert {d for d, _ in located[: 2 * BLOCK]} == {1} and {d for d, _ in located[2 * BLOCK : 3 * BLOCK]} == {0, 1}
+    for dataset, first, share in ((0, 2, 3 / 8), (1, 0, 1 / 8), (2, 3, 4 / 8)):
+        own = [p for p, (d, _) in enumerate(located) if d == dataset]
+        assert own[0] >= first * BLOCK and sum(p >= 3 * BLOCK for p in own) == share * 3 * BLOCK
+        assert [located[p][1] for p in own] == list(range(len(own)))
+        for start, stop in ((0, len(own)), (5, len(own) - 7), (BLOCK // 2, BLOCK // 2 + 1)):
+            assert mixture.global_positions(dataset, start, stop).tolist() == own[start:stop]
+        assert mixture.seen(dataset, 4 * BLOCK) == sum(p < 4 * BLOCK for p in own)
+    assert MixtureOrder([3.0, 1.0], 1, [0, 0]).locate(5000) == MixtureOrder([3.0, 1.0], 1).locate(5000)
+    with pytest.raises(ValueError, match="from_step 0"):
+        MixtureOrder([1.0, 1.0], seed=0, begins=[1, 2000])
+
+
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_dataset(tmp_path_factory.mktemp("loader") / "data")
