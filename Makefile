@@ -21,7 +21,7 @@ demo: $(VENV)/.installed  ## the whole pipeline on real images; resumes where it
 	@$(BIN)/python pipelines/run_workflow.py --config $(CONFIG) $(ARGS)
 
 test: lint  ## ruff, mypy and every test (ARGS="-k name" selects)
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 lint: $(VENV)/.installed-dev  ## ruff and mypy
 	$(BIN)/ruff check .

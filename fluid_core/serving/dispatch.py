@@ -125,20 +125,20 @@ class Dispatcher:
                 try:
                     # The replica ends the task at its deadline; the second more is for a replica that hangs.
                     async with asyncio.timeout_at(asyncio.get_running_loop().time() + deadline + 1 - time.monotonic()):
-                        event: TaskEvent = await anext(response)
-                except StopAsyncIteration:
-                    ended = True
-                    return
+                        events: list[TaskEvent] = await anext(response)
                 except TimeoutError:
                     raise deadline_exceeded(seconds) from None
                 except TaskCancelledError:
                     raise replica_lost() from None
-                if event.kind == "error":
-                    ended = True
-                    raise ApiError(**(event.details or {}))
-                if event.kind == "done":
-                    self._note(task, event.details or {})
-                yield event
+                for event in events:
+                    ended = event.kind in ("error", "done")
+                    if event.kind == "error":
+                        raise ApiError(**(event.details or {}))
+                    if event.kind == "done":
+                        self._note(task, event.details or {})
+                    yield event
+                if ended:
+                    return
         finally:
             if not ended:
                 response.cancel()

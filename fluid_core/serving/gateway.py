@@ -121,6 +121,7 @@ class Gateway:
             guidance=body.guidance,
             temperature=body.temperature,
             negative_prompt=body.negative_prompt,
+            stream=bool(body.stream),
             partial_images=body.partial_images or 0,
             user=body.user,
             deadline=body.deadline,
@@ -190,7 +191,7 @@ def _add_image_routes(app: FastAPI, gateway: Gateway) -> None:
     @app.post("/v1/images/generations", response_model=ImagesResponse, responses=responses, operation_id="generate")
     async def generate(body: GenerationBody, client: Client) -> Any:
         """Images from a prompt. With `stream: true` the answer is server-sent events: previews, then each image."""
-        return await _answer(gateway, await gateway.task_of(body), bool(body.stream), "image_generation")
+        return await _answer(gateway, await gateway.task_of(body), "image_generation")
 
     @app.post(
         "/v1/images/edits", response_model=ImagesResponse, responses=responses, operation_id="edit", openapi_extra=EDIT_BODY
@@ -199,7 +200,7 @@ def _add_image_routes(app: FastAPI, gateway: Gateway) -> None:
         """Parts of an image made anew: those where the mask is transparent (or white, in a mask without alpha)."""
         task = await gateway.task_of(form.body)
         task = await asyncio.to_thread(form.apply, task, gateway.info, gateway.config)
-        return await _answer(gateway, task, bool(form.body.stream), "image_edit")
+        return await _answer(gateway, task, "image_edit")
 
     @app.get("/v1/models", response_model=ModelList, responses=answers(400, 401, 429, 503), operation_id="models")
     async def models(client: Client) -> ModelList:
@@ -246,8 +247,8 @@ def _add_plain_routes(app: FastAPI, gateway: Gateway) -> None:
         return FileResponse(STUDIO, media_type="text/html")
 
 
-async def _answer(gateway: Gateway, task: ImageTask, stream: bool, kind: str) -> Any:
-    if not stream:
+async def _answer(gateway: Gateway, task: ImageTask, kind: str) -> Any:
+    if not task.stream:
         return images_response(*await gateway.dispatcher.images(task))
     events = gateway.dispatcher.run(task)
     # Errors before the first event still have an HTTP status of their own.

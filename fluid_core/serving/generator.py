@@ -4,7 +4,8 @@ import asyncio
 import logging
 import threading
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -96,8 +97,22 @@ class Generator:
         if not self._version.batcher.healthy(STALLED_SECONDS):
             raise RuntimeError("the batching thread is dead or stuck")
 
-    async def generate(self, task: ImageTask, seconds: float) -> AsyncIterator[TaskEvent]:
-        """The events of a task (tasks.py), `error` last where there is one. Leaving the generator cancels the task."""
+    async def generate(self, task: ImageTask, seconds: float) -> AsyncIterator[list[TaskEvent]]:
+        """The events of a task (tasks.py), `error` last where there is one. Leaving the generator cancels the task.
+
+        A task that is not streamed gets them in one message: each message takes time from the thread that runs the model.
+        """
+        held = []
+        async with aclosing(self._events(task, seconds)) as events:
+            async for event in events:
+                if task.stream:
+                    yield [event]
+                else:
+                    held.append(event)
+        if held:
+            yield held
+
+    async def _events(self, task: ImageTask, seconds: float) -> AsyncGenerator[TaskEvent, None]:
         loop = asyncio.get_running_loop()
         inbox: asyncio.Queue[tuple[str, int, Any, Any]] = asyncio.Queue()
 

@@ -29,7 +29,7 @@ class ServedModel:
         """One engine request an image; the text is encoded once.
 
         Raises:
-            ValueError: what this model cannot do, in the words of the pipeline.
+            ValueError: what this model cannot do, in the pipeline's words but with the API's names.
         """
         settings: dict[str, Any] = {
             "num_steps": task.steps,
@@ -37,14 +37,17 @@ class ServedModel:
             "temperature": task.temperature,
             "negative_prompts": task.negative_prompt,
         }
-        if task.image is None or task.mask is None:
-            seeds = [task.seed_of(index) for index in range(task.count)]
-            return self.pipeline.requests([task.prompt] * task.count, seed=seeds, size=task.size, **settings)
-        image, mask = (Image.open(io.BytesIO(data)) for data in (task.image, task.mask))
-        return [
-            self.pipeline.edit_request(image, mask, task.prompt, seed=task.seed_of(index), **settings)
-            for index in range(task.count)
-        ]
+        try:
+            if task.image is None or task.mask is None:
+                seeds = [task.seed_of(index) for index in range(task.count)]
+                return self.pipeline.requests([task.prompt] * task.count, seed=seeds, size=task.size, **settings)
+            image, mask = (Image.open(io.BytesIO(data)) for data in (task.image, task.mask))
+            return [
+                self.pipeline.edit_request(image, mask, task.prompt, seed=task.seed_of(index), **settings)
+                for index in range(task.count)
+            ]
+        except ValueError as error:
+            raise ValueError(str(error).replace("num_steps", "steps").replace("guidance_scale", "guidance")) from error
 
     def started(self, task: ImageTask, first: "GenerationRequest") -> dict[str, Any]:
         """The details of a `started` event."""

@@ -18,6 +18,7 @@ class ImageTask:
     guidance: float | None = None
     temperature: float | None = None
     negative_prompt: str | None = None
+    stream: bool = False  # events are sent as they happen, not all at the end
     partial_images: int = 0
     image: bytes | None = None
     mask: bytes | None = None
@@ -31,7 +32,7 @@ class ImageTask:
 
 @dataclass
 class TaskEvent:
-    """One message of a replica about a task.
+    """What a replica has to say about a task.
 
     started: the task was admitted to a batch; `details`: text_tokens, image_tokens, size, model
     partial, image: `png` of image `index`; partial has `details`: step, steps, known (row-major tokens)

@@ -109,8 +109,8 @@ def test_keys_guard_everything_and_tell_owners_apart(server: Faulty) -> None:
 
 
 def test_ten_times_the_capacity_is_refused_in_order_and_nothing_is_lost(server: Faulty) -> None:
-    """Everyone is answered, what was accepted is finished, memory stays bounded. FLUID_LOAD_SECONDS=60 holds it for a minute."""
-    seconds = float(os.environ.get("FLUID_LOAD_SECONDS", "3"))
+    """For a minute. Everyone is answered, what was accepted is finished, memory stays bounded."""
+    seconds = 60.0
     clients = 10 * QUEUE
     limits = httpx.Limits(max_connections=clients)
 
@@ -128,8 +128,13 @@ def test_ten_times_the_capacity_is_refused_in_order_and_nothing_is_lost(server: 
             found = await asyncio.gather(*(one(client, number) for number in range(clients)))
         return [answer for answers in found for answer in answers]
 
-    images, memory = metric(server, "fluid_images_total"), resident()
-    answers = asyncio.run(flood())
+    images, memory = metric(server, "fluid_images_total"), [resident()]
+    with ThreadPoolExecutor(1) as pool:
+        flooded = pool.submit(asyncio.run, flood())
+        while not flooded.done():
+            time.sleep(1)
+            memory.append(resident())
+        answers = flooded.result()
     statuses = Counter(answer.status_code for _, answer in answers)
     assert set(statuses) == {200, 429} and statuses[200] >= QUEUE
     for number, answer in answers:
@@ -139,7 +144,9 @@ def test_ten_times_the_capacity_is_refused_in_order_and_nothing_is_lost(server: 
             assert answer.json()["data"][0]["seed"] == number
     assert settled(server)
     assert metric(server, "fluid_images_total") == images + statuses[200]
-    assert resident() - memory < 200 * 2**20, "memory grew under load"
+    # The queue and its connections cost memory once; what a longer load adds would be a leak.
+    assert max(memory) - memory[0] < 200 * 2**20, [size >> 20 for size in memory]
+    assert max(memory[-3:]) - memory[len(memory) // 3] < 40 * 2**20, [size >> 20 for size in memory]
     assert server.ask(steps=1)[0] == 200
 
 

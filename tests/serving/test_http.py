@@ -120,6 +120,7 @@ def test_what_a_client_does_wrong_is_told(server: Server, body: dict[str, Any], 
     answered, _, text = request(server, "/v1/images/generations", body)
     error = json.loads(text)["error"]
     assert answered == status and error["param"] == param and error["message"], text
+    assert "num_steps" not in error["message"], "the API calls it steps"
     if param == "partial_images":
         return  # right with stream
     answered, _, _ = request(server, "/v1/images/generations", {**body, "stream": True})
