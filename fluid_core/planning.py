@@ -214,7 +214,7 @@ def memory_per_gpu(
     p = parameters or count_parameters(model, training)
     share = 1 / gpus
     stage = training.zero_stage
-    micro = training.micro_batch_size or max(1, training.batch_size // gpus)
+    micro = training.micro_batch(gpus)
     states = (8 * (p.total - p.muon) + 4 * p.muon) * (share if stage else 1)
     masters = 4 * p.total * (share if stage == 3 else 1)
     # Stages 1 and 2 keep fp32 partitions beside the whole fp32 parameters.
@@ -325,7 +325,7 @@ def _advice(model: ModelConfig, training: TrainingConfig, gpus: int, kind: Gpu, 
         memory = memory_per_gpu(model, candidate, number, p, text_encoder)
         return sum(v for k, v in memory.items() if k != "host") <= FULL * kind.memory
 
-    micro = training.micro_batch_size or max(1, training.batch_size // gpus)
+    micro = training.micro_batch(gpus)
     steps: list[tuple[str, dict[str, object]]] = [
         ("training.zero_stage: 3", {"zero_stage": 3}),
         ("training.activation_checkpointing: true", {"activation_checkpointing": True}),

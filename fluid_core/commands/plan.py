@@ -35,7 +35,7 @@ def run(args: argparse.Namespace) -> int:
     recipe = load_recipe(args.config, [*args.overrides, f"training.workers={args.gpus}"])
     training = recipe.training
     samples = args.samples or float(training.max_steps * training.batch_size)
-    micro = training.micro_batch_size or max(1, training.batch_size // args.gpus)
+    micro = training.micro_batch(args.gpus)
     text_encoder = float(sum(text_encoder_bytes(recipe, micro)))
     assumed = (args.mfu, samples, args.write, args.usd, text_encoder)
     result = plan(recipe.model, training, args.gpus, args.gpu, *assumed)

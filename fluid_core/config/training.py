@@ -60,6 +60,10 @@ class TrainingConfig(Section):
     max_strikes: int = Field(3, gt=0, description="steps skipped in a row before rolling back and skipping the window")
     watchdog_seconds: float = Field(900.0, gt=0, description="a step that takes longer is taken for a hang")
 
+    def micro_batch(self, workers: int) -> int:
+        """Images a worker computes at a time."""
+        return self.micro_batch_size or max(1, self.batch_size // workers)
+
     @property
     def checkpoint_uri(self) -> str | None:
         """The s3:// prefix that checkpoints are copied to, if any."""

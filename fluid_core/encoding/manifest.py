@@ -22,20 +22,7 @@ def build_manifest(
             statistics = statistics.merge(LatentStatistics.from_json(record.statistics))
     shards = []
     for planned, record in zip([shard for shard in plan if not shard.duplicate_of], records, strict=True):
-        names = (
-            "id",
-            "rows",
-            "row_groups",
-            "shapes",
-            "bytes",
-            "sha256",
-            "text_bytes",
-            "text_sha256",
-            "quarantine_rows",
-            "set_aside",
-        )
-        values = {name: getattr(record, name) for name in names}
-        shards.append(Shard(uri=planned.uri, source=planned.source, weight=planned.weight, **values))
+        shards.append(Shard(uri=planned.uri, source=planned.source, weight=planned.weight, **from_record(record)))
     return Manifest(
         kind=settings.kind,
         image_size=settings.image_size,

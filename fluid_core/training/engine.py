@@ -63,7 +63,7 @@ def parameter_groups(model: nn.Module, training: TrainingConfig) -> list[dict[st
 def deepspeed_config(training: TrainingConfig, world_size: int, parameters: int, on: torch.device) -> dict[str, Any]:
     """What `deepspeed.initialize` is given. Parameters are fp32; with bf16 the trunk computes in it under autocast."""
     on_gpu = on.type == "cuda"
-    micro = training.micro_batch_size or max(1, training.batch_size // world_size)
+    micro = training.micro_batch(world_size)
     small = parameters < PERSISTENT_MODEL
     zero: dict[str, Any] = {"stage": training.zero_stage}
     if training.zero_stage:
@@ -105,8 +105,7 @@ def deepspeed_config(training: TrainingConfig, world_size: int, parameters: int,
 
 def accumulation_steps(training: TrainingConfig, world_size: int) -> int:
     """Micro-batches a worker runs for one optimizer step."""
-    per_rank = training.batch_size // world_size
-    return max(1, per_rank // (training.micro_batch_size or per_rank))
+    return max(1, training.batch_size // (world_size * training.micro_batch(world_size)))
 
 
 class Engine:

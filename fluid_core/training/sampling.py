@@ -18,7 +18,7 @@ MAX_PARAMETERS = 2_000_000_000
 
 
 class Sampler:
-    """Raises ValueError for models that do not fit beside the training state; export a checkpoint and generate from it."""
+    """Raises ValueError for prompts that cannot be drawn, and for models that do not fit beside the training state."""
 
     def __init__(self, recipe: Recipe, engine: Engine, ema: ShardedEMA, collator: Collator):
         if engine.parameters > MAX_PARAMETERS:
@@ -47,6 +47,8 @@ class Sampler:
                 collator.mean or None,
                 collator.std or None,
             )
+            # A prompt or setting that cannot be drawn is told now, not in the middle of the run.
+            self.pipeline.requests(recipe.training.sample_prompts, seed=recipe.seed)
 
     def grids(self) -> Iterator[tuple[str, Image.Image]]:
         """("ema", picture) and ("raw", picture) on rank 0, nothing on the others. Collective: exhaust it on every worker."""
