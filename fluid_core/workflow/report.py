@@ -206,7 +206,9 @@ def _evaluation(recipe: Recipe) -> str:
         interval = f"{row['interval'][0]:.2f} to {row['interval'][1]:.2f}" if row["interval"] else ""
         required = f"at least {least[row['metric']]:g}" if row["metric"] in least else ""
         rows.append([row["metric"], f"{row['value']:.3f}", row["samples"], interval, required])
-    parts = [_table(["score", "value", "answers", "95% interval", "gate"], rows, numbers={1, 2})]
+    headings = ["score", "value", "answers", "95% interval", "gate"]
+    columns = len(headings) if least else len(headings) - 1
+    parts = [_table(headings[:columns], [row[:columns] for row in rows], numbers={1, 2})]
     for section in json.loads((folder / "samples.json").read_text()):
         tiles = [
             _tile(_uri((folder / t["file"]).read_bytes(), "image/png"), t["caption"], t["right"]) for t in section["tiles"]

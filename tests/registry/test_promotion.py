@@ -133,6 +133,52 @@ def test_two_promotions_at_once(recipe: Recipe) -> None:
     first.settle(str(int(lost) + 1), "failed")
 
 
+_CLAIM = """
+import sys
+from fluid_core.config import RegistryConfig
+from fluid_core.registry.model_registry import ModelRegistry, PromotionInProgress
+registry = ModelRegistry(RegistryConfig.model_validate_json(sys.argv[1]))
+registry.running()
+print("ready", flush=True)
+for _ in range(int(sys.argv[2])):
+    sys.stdin.readline()
+    try:
+        mine = registry.claim("/somewhere", None, {}, "")
+        print("won", mine, flush=True)
+        sys.stdin.readline()
+        registry.settle(mine, "failed")
+    except PromotionInProgress as error:
+        print("told", error, flush=True)
+        sys.stdin.readline()
+    print("done", flush=True)
+"""
+
+
+def test_two_promotions_at_once_in_two_processes(recipe: Recipe) -> None:
+    rounds = 6
+    command = [sys.executable, "-c", _CLAIM, recipe.registry.model_dump_json(), str(rounds)]
+    both = [subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+
+    def all_say() -> list[str]:
+        return [process.stdout.readline().strip() for process in both if process.stdout]
+
+    def go() -> None:
+        for process in both:
+            assert process.stdin
+            process.stdin.write("go\n")
+            process.stdin.flush()
+
+    assert all_say() == ["ready", "ready"]
+    for _ in range(rounds):
+        go()
+        said = sorted(all_say())
+        assert said[0].startswith("told version ") and said[1].startswith("won "), said
+        assert f"told version {said[1].removeprefix('won ')} of unit is being promoted by" in said[0]
+        go()
+        assert all_say() == ["done", "done"]
+    assert [process.wait(60) for process in both] == [0, 0]
+
+
 def test_a_killed_promotion_does_not_block(recipe: Recipe) -> None:
     registry = ModelRegistry(recipe.registry)
     dead = subprocess.Popen([sys.executable, "-c", ""])
