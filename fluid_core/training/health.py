@@ -3,7 +3,8 @@
 A step is a strike when the global loss or gradient norm is not finite, or the norm is `spike_factor` times its running
 mean. All workers see the same two numbers (both are all-reduced), so they always agree, also when one worker alone had the
 bad batch. A strike is skipped: weights, optimizer state and EMA stay as they are. After `max_strikes` in a row the run goes
-back to the last good checkpoint and skips the samples since then.
+back to the last good checkpoint and skips the samples since then; after MAX_ROLLBACKS to the same one it ends. A data set
+that joins the mixture changes which norms are to be expected: their mean is then taken anew.
 """
 
 import faulthandler
@@ -16,6 +17,7 @@ from pathlib import Path
 from fluid_core.training.notices import say
 
 _WARM_UP = 50
+MAX_ROLLBACKS = 3
 
 
 class HealthPolicy:
@@ -26,6 +28,12 @@ class HealthPolicy:
         self.mean_norm = 0.0
         self.seen = 0
         self.strikes = 0
+        self.phase = 0
+
+    def enter(self, phase: int) -> None:
+        """The mixture's phase that the next step is in; a new one begins without a mean."""
+        if phase != self.phase:
+            self.phase, self.mean_norm, self.seen = phase, 0.0, 0
 
     def reason(self, loss: float, norm: float) -> str | None:
         """Why this step must be skipped, or None."""
@@ -48,10 +56,11 @@ class HealthPolicy:
         return self.strikes >= self.max_strikes
 
     def state(self) -> dict[str, float]:
-        return {"mean_norm": self.mean_norm, "seen": self.seen, "strikes": self.strikes}
+        return {"mean_norm": self.mean_norm, "seen": self.seen, "strikes": self.strikes, "phase": self.phase}
 
     def load(self, state: dict[str, float]) -> None:
-        self.mean_norm, self.seen, self.strikes = state["mean_norm"], int(state["seen"]), int(state["strikes"])
+        self.mean_norm, self.seen = state["mean_norm"], int(state["seen"])
+        self.strikes, self.phase = int(state["strikes"]), int(state["phase"])
 
 
 class Watchdog:

@@ -192,6 +192,10 @@ class Loader:
         """How often the first data set has been seen at a global position (for the log)."""
         return self._mixture.seen(0, position) / max(1, self._sources[0].order.rows)
 
+    def phase(self, position: int) -> int:
+        """How many times data sets have joined the mixture (`from_step`) at a global position."""
+        return self._mixture.phase(position)
+
     def batches(self, start: int) -> list[Batch]:
         """This worker's micro-batches of the global batch that begins at position `start`."""
         out = []

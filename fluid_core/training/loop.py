@@ -27,7 +27,7 @@ from fluid_core.registry.tracking import Tracker
 from fluid_core.training.checkpoint import Checkpointer, latest_complete
 from fluid_core.training.ema import ShardedEMA
 from fluid_core.training.engine import Engine
-from fluid_core.training.health import HealthPolicy, Watchdog
+from fluid_core.training.health import MAX_ROLLBACKS, HealthPolicy, Watchdog
 from fluid_core.training.loader import Batch, Collator, Loader, Slicing
 from fluid_core.training.metrics import BinnedLoss, MetricsFile
 from fluid_core.training.notices import say
@@ -210,6 +210,7 @@ class TrainingLoop:
     def _step(self, batches: list[Batch], count: int, keys: str, clock: "_Clock") -> bool:
         engine = self.engine
         number = self.step + 1
+        self.health.enter(self.loader.phase(self.position + self.training.batch_size - 1))
         rate = engine.set_learning_rate(learning_rate_factor(self.training, number))
         logged = number % self.training.log_every == 0 or number == self.training.max_steps
         engine.optimizer.squares = {} if logged else None
@@ -261,6 +262,13 @@ class TrainingLoop:
             raise ValueError(
                 f"{self.training.max_strikes} bad steps in a row before the first checkpoint (see strikes.jsonl): "
                 "lower training.learning_rate, lengthen training.warmup_steps, or look at the data"
+            )
+        self._rollbacks = self._rollbacks + 1 if found.step == self._rolled_back_to else 1
+        self._rolled_back_to = found.step
+        if self._rollbacks > MAX_ROLLBACKS:
+            raise ValueError(
+                f"back to step {found.step} {MAX_ROLLBACKS} times, and bad again by step {self.step} (see strikes.jsonl): lower "
+                "training.learning_rate, or raise training.spike_factor if such norms are to be expected"
             )
         position = self.position
         self._load(found)
@@ -364,6 +372,8 @@ class TrainingLoop:
                 file.write(json.dumps({"step": self.step, **self._final}) + "\n")
 
     _saved = False
+    _rollbacks = 0
+    _rolled_back_to = -1
 
     def _save(self) -> None:
         state = {

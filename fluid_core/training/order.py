@@ -102,6 +102,10 @@ class MixtureOrder:
         self._seed = seed
         self._block = lru_cache(maxsize=64)(self._make_block)
 
+    def phase(self, position: int) -> int:
+        """How many times data sets have joined at a global position."""
+        return self._phase(position // BLOCK)
+
     def _phase(self, block: int) -> int:
         return bisect.bisect_right(self._first, block) - 1
 

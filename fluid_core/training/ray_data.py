@@ -76,6 +76,10 @@ class RayDataLoader:
         """How often the data set has been seen at a global position (for the log)."""
         return position / (self._per_epoch * self.slicing.micro * self.slicing.world_size)
 
+    def phase(self, position: int) -> int:
+        """0: there is one data set, from the start."""
+        return 0
+
     def stream(self, start: int, prefetch: int = 2) -> Generator[list[Batch], None, None]:
         """Batches from the global position `start` on, a multiple of the batch size."""
         return read_ahead(self._batches(start), prefetch)

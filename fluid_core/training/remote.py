@@ -11,20 +11,26 @@ comparison. While S3 does not answer, the checkpoints stay where they are and th
 
 import hashlib
 import json
+import os
 import shutil
+import socket
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fluid_core.data.storage import CHUNK_BYTES, open_storage
+from fluid_core.data.storage import CHUNK_BYTES, AccessError, TransientError, open_storage
 from fluid_core.training.checkpoint import COMPLETE, PINNED, STATE, Checkpoint, latest_complete, list_checkpoints, retained
 
 FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 5.0, 60.0
 FINISH_SECONDS = 1800.0
 """How long the end of a run waits for its last copies."""
+
+WRITER = "_WRITER"
+LEASE_SECONDS, SETTLE_SECONDS = 120.0, 2.0
 
 Report = Callable[[str], None]
 
@@ -153,6 +159,74 @@ class RemoteCheckpoints:
     def remove(self, checkpoint: RemoteCheckpoint) -> None:
         for name in sorted(checkpoint.sizes, key=lambda name: name != COMPLETE):
             self._storage.delete(f"{_folder(checkpoint.step)}/{name}")
+
+
+class WriterLease:
+    """The right to write under a run's prefix, for the duration of a block: one run at a time, on whatever machine it is.
+
+    An object with the holder's name and its last sign of life says who has it. A kill leaves it behind: the next start on
+    that machine takes it at once, one on another machine when there was no sign of life for LEASE_SECONDS.
+    """
+
+    def __init__(self, uri: str, report: Report):
+        self._uri, self._storage, self._report = uri, open_storage(uri), report
+        self._name = {"host": socket.gethostname(), "pid": os.getpid(), "token": uuid.uuid4().hex}
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._renew, name="fluid-lease", daemon=True)
+
+    def __enter__(self) -> "WriterLease":
+        """Raises ValueError when another run has it."""
+        if not self._storage.put_bytes(self._note(), WRITER, overwrite=False):
+            holder = self._holder()
+            if not _is_gone(holder):
+                raise ValueError(self._told(holder))
+            self._storage.put_bytes(self._note(), WRITER, overwrite=True)
+            time.sleep(SETTLE_SECONDS)  # two may have found it left behind: the later one to write has it
+            if not self._is_mine():
+                raise ValueError(self._told(self._holder()))
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        self._thread.join()
+        try:
+            if self._is_mine():
+                self._storage.delete(WRITER)
+        except (AccessError, TransientError) as error:
+            self._report(f"{self._uri}/{WRITER} could not be removed: {error}")
+
+    def _renew(self) -> None:
+        while not self._over.wait(LEASE_SECONDS / 6):
+            try:
+                if not self._is_mine():
+                    self._report(f"{self._told(self._holder())}; this one was cut off from S3 for too long")
+                    return
+                self._storage.put_bytes(self._note(), WRITER, overwrite=True)
+            except (AccessError, TransientError):
+                continue  # the uploader reports it
+
+    def _note(self) -> bytes:
+        return json.dumps({**self._name, "alive": time.time()}).encode()
+
+    def _holder(self) -> dict[str, Any]:
+        holder: dict[str, Any] = json.loads(self._storage.read_or_none(WRITER) or b"{}")
+        return holder
+
+    def _is_mine(self) -> bool:
+        return bool(self._holder().get("token") == self._name["token"])
+
+    def _told(self, holder: dict[str, Any]) -> str:
+        return (
+            f"a run on {holder.get('host')} (process {holder.get('pid')}) writes its checkpoints to {self._uri}: choose another "
+            f"training.checkpoint_path, or stop that run; if it was killed, start again in {LEASE_SECONDS:.0f} seconds"
+        )
+
+
+def _is_gone(holder: dict[str, Any]) -> bool:
+    if holder.get("host") == socket.gethostname() and not Path(f"/proc/{holder.get('pid')}").exists():
+        return True
+    return bool(time.time() - holder.get("alive", 0.0) > LEASE_SECONDS)
 
 
 def fetch_newest(remote: RemoteCheckpoints, root: Path, report: Report) -> None:

@@ -9,7 +9,7 @@ import sys
 import threading
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from fluid_core.training.metrics import read_metrics
 from fluid_core.training.notices import NOTICES, say
 from fluid_core.training.ray_data import NAME as RAY_DATASET
 from fluid_core.training.ray_data import streaming_dataset
-from fluid_core.training.remote import RemoteCheckpoints, fetch_newest
+from fluid_core.training.remote import RemoteCheckpoints, WriterLease, fetch_newest
 from fluid_core.workflow.stage import write_json_atomic
 
 _POLL_SECONDS = 0.5
@@ -52,8 +52,8 @@ def pretrain(recipe: Recipe, fingerprint: str, resume: bool = False, fresh: bool
     check_inputs(recipe)
     run_dir = recipe.training_dir.resolve()
     run_dir.mkdir(parents=True, exist_ok=True)
-    with _only_driver(run_dir):
-        root, uri = recipe.training.checkpoint_folder(run_dir), recipe.training.checkpoint_uri
+    root, uri = recipe.training.checkpoint_folder(run_dir), recipe.training.checkpoint_uri
+    with _only_driver(run_dir), WriterLease(uri, lambda text: say(run_dir, text)) if uri else nullcontext():
         remote = RemoteCheckpoints(uri) if uri else None
         record = _claim(recipe, run_dir, root, remote, fingerprint, resume, fresh)
         if remote:

@@ -50,6 +50,23 @@ def test_nan_on_one_rank_is_skipped_by_all_and_two_in_a_row_roll_back(tmp_path: 
     assert all(bool(torch.isfinite(values).all()) for _, values in load_ema_state(newest.path))
 
 
+_NAN_FROM_SAMPLE_36_ON = """
+class Poisoned(TrainingLoop):
+    def _step(self, batches, count, keys, clock):
+        if self.position >= 36:
+            batches[0].tokens[:] = float("nan")
+        return super()._step(batches, count, keys, clock)
+loop = Poisoned
+"""
+
+
+def test_a_run_that_only_rolls_back_ends(tmp_path: Path) -> None:
+    recipe = small_recipe(tmp_path, workers=1, max_strikes=1)
+    out = run_workers(recipe, _NAN_FROM_SAMPLE_36_ON, ok=False)
+    assert out.count("rolled back to step 2;") == 3
+    assert "back to step 2 3 times, and bad again by step 3" in out and "training.spike_factor" in out
+
+
 _DIES_WHILE_SAVING = """
 import fluid_core.training.checkpoint as module
 finish = module.Checkpointer._finish

@@ -81,6 +81,13 @@ def test_health_policy_strikes_and_recovers() -> None:
     assert not policy.record(2.0, None), "a good step forgives"
     assert not policy.record(11.0, "x")
     assert policy.record(11.0, "x")
+    # A data set joins: other norms are to be expected, and only what is not finite is bad until there is a mean again.
+    policy.enter(1)
+    assert policy.reason(1.0, 40.0) is None and "loss is nan" in (policy.reason(math.nan, 1.0) or "")
+    for _ in range(60):
+        policy.record(40.0, None)
+    policy.enter(1)
+    assert policy.reason(1.0, 100.0) is None and policy.reason(1.0, 300.0) is not None
     again = HealthPolicy(5.0, 2)
     again.load(policy.state())
     assert again.state() == policy.state()

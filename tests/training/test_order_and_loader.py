@@ -42,6 +42,7 @@ def test_mixture_keeps_its_shares_and_can_be_inverted() -> None:
 def test_a_data_set_joins_the_mixture_later() -> None:
     mixture = MixtureOrder([3.0, 1.0, 4.0], seed=1, begins=[BLOCK + 1, 0, 3 * BLOCK])
     located = [mixture.locate(p) for p in range(6 * BLOCK)]
+    assert [mixture.phase(p) for p in (0, 2 * BLOCK - 1, 2 * BLOCK, 3 * BLOCK)] == [0, 0, 1, 2]
     assert {d for d, _ in located[: 2 * BLOCK]} == {1} and {d for d, _ in located[2 * BLOCK : 3 * BLOCK]} == {0, 1}
     for dataset, first, share in ((0, 2, 3 / 8), (1, 0, 1 / 8), (2, 3, 4 / 8)):
         own = [p for p, (d, _) in enumerate(located) if d == dataset]

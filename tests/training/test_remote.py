@@ -3,6 +3,11 @@
 import hashlib
 import json
 import shutil
+import socket
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +20,7 @@ from fluid_core.data import storage as storage_module
 from fluid_core.data.storage import open_storage
 from fluid_core.training import remote as module
 from fluid_core.training.checkpoint import Checkpoint, list_checkpoints, pin
-from fluid_core.training.remote import RemoteCheckpoints, Uploader, fetch_newest
+from fluid_core.training.remote import RemoteCheckpoints, Uploader, WriterLease, fetch_newest
 from fluid_core.workflow.stage import file_sha256, write_json_atomic
 
 
@@ -102,6 +107,49 @@ def test_a_local_file_that_rotted_is_not_copied(s3: str, tmp_path: Path) -> None
     said: list[str] = []
     assert Uploader(tmp_path, remote, 3, None, said.append).finish(30)
     assert steps(remote) == [2] and len(said) == 1 and "wrong checksum" in said[0]
+
+
+def test_one_run_writes_under_a_prefix(s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "LEASE_SECONDS", 0.9)
+    monkeypatch.setattr(module, "SETTLE_SECONDS", 0.3)
+    uri = f"{s3}/leased"
+    storage, said = open_storage(uri), []
+
+    def note(**changes: Any) -> None:
+        values = {"host": "elsewhere", "pid": 1, "token": "another", "alive": time.time(), **changes}
+        storage.put_bytes(json.dumps(values).encode(), "_WRITER", overwrite=True)
+
+    with WriterLease(uri, said.append):
+        time.sleep(1.2)  # signs of life keep it
+        with pytest.raises(ValueError, match=f"a run on {socket.gethostname()} .*choose another training.checkpoint_path"):
+            WriterLease(uri, said.append).__enter__()
+    assert storage.read_or_none("_WRITER") is None
+
+    note()
+    with pytest.raises(ValueError, match="a run on elsewhere"):
+        WriterLease(uri, said.append).__enter__()
+    note(alive=time.time() - 1)  # no sign of life for too long
+    with WriterLease(uri, said.append):
+        assert not said
+        note()
+        time.sleep(0.4)  # told once that another has it, and leaves it alone
+    assert len(said) == 1 and "a run on elsewhere" in said[0] and b"elsewhere" in (storage.read_or_none("_WRITER") or b"")
+
+    # The machine's own dead process, and two who find it so at once.
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    note(host=socket.gethostname(), pid=gone.pid)
+
+    def attempt(_: int) -> bool:
+        try:
+            with WriterLease(uri, said.append):
+                time.sleep(0.5)
+        except ValueError:
+            return False
+        return True
+
+    with ThreadPoolExecutor(2) as pool:
+        assert sorted(pool.map(attempt, range(2))) == [False, True]
 
 
 def test_a_store_that_is_away_is_asked_again(s3: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
