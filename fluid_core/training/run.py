@@ -341,7 +341,7 @@ def _progress(run_dir: Path, total: int) -> Iterator[None]:
                     with open(notices) as file:
                         file.seek(said)
                         for text in file:
-                            bar.write(f"pretrain: {text.partition(' ')[2]}", file=sys.stderr, end="")
+                            bar.write(f"pretrain: {text.partition(' ')[2]}", end="")  # stdout: `make demo` shows it too
                         said = file.tell()
                 if not path.is_file():
                     continue
