@@ -22,6 +22,7 @@ from fluid_core.config import ModelConfig
 from fluid_core.generation.engine import GenerationRequest, decode_step, start_batch
 from fluid_core.model.draws import draw_training
 from fluid_core.model.fluid import FluidModel
+from fluid_core.model.layers import Packing
 from fluid_core.model.orders import unmask_counts
 from fluid_core.precision import computes_bf16
 from fluid_core.random import normal, sample_keys
@@ -166,14 +167,15 @@ def _parts(case: Case, precisions: tuple[str, ...]) -> list[Row]:
         keys = sample_keys(0, torch.arange(case.batch))
         draws = draw_training(config, keys, N)
         tokens = torch.randn(case.batch, N, config.token_channels)
-        aligned = torch.randn(*text.shape[:2], config.width)
+        packing = Packing(mask)
+        aligned = torch.randn(len(packing.places_T), config.width)
         z = torch.randn(len(draws.rows_K), config.width, requires_grad=True)
 
-        def trunk(model=model, tokens=tokens, draws=draws, aligned=aligned, config=config) -> torch.Tensor:
-            return model.trunk(tokens, draws.mask_BN, (config.grid,) * 2, model.trunk.text_keys_values(aligned), None).sum()
+        def trunk(model=model, tokens=tokens, draws=draws, text=(aligned, packing), config=config) -> torch.Tensor:
+            return model.trunk(tokens, draws.mask_BN, (config.grid,) * 2, model.trunk.text_keys_values(*text), None).sum()
 
         def text_part(model=model, text=text, mask=mask) -> torch.Tensor:
-            return model.aligner(text, mask).sum()
+            return model.aligner(text, mask)[0].sum()
 
         def head(model=model, draws=draws, z=z) -> torch.Tensor:
             return model.head(draws.noise_RKC, draws.times_RK * 1000, model.head.embed_condition(z)).sum()

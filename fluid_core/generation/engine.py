@@ -131,7 +131,7 @@ def start_batch(model: FluidModel, requests: Sequence[GenerationRequest]) -> lis
     text_BLE = torch.nn.utils.rnn.pad_sequence([text.to(device, torch.float32) for text in texts], batch_first=True)
     lengths = torch.tensor([len(text) for text in texts], device=device)
     mask_BL = torch.arange(text_BLE.shape[1], device=device)[None] < lengths[:, None]
-    pairs = model.trunk.text_keys_values(model.aligner(text_BLE, mask_BL))
+    pairs = model.trunk.text_keys_values(*model.aligner(text_BLE, mask_BL))
     unique = torch.stack([torch.stack(pair) for pair in pairs])
     flat = torch.tensor([row for image in rows for row in image], device=device)
     cache = None

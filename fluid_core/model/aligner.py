@@ -1,11 +1,11 @@
 """The text aligner: trainable transformer blocks on top of the frozen T5 encoder (paper, figure 3 and table 3).
 
-Shapes: B batch, L text tokens, E width of the text encoder, D model width.
+Shapes: B batch, L text tokens, T valid ones among all B * L, E width of the text encoder, D model width.
 """
 
 from torch import Tensor, nn
 
-from fluid_core.model.layers import MLP, LayerNorm, Linear, SelfAttention, padding_bias
+from fluid_core.model.layers import MLP, LayerNorm, Linear, Packing, SelfAttention, padding_bias
 from fluid_core.model.positions import TextPositions
 
 
@@ -17,9 +17,9 @@ class AlignerBlock(nn.Module):
         self.norm1, self.attention = LayerNorm(width), SelfAttention(width, heads)
         self.norm2, self.mlp = LayerNorm(width), MLP(width)
 
-    def forward(self, x_BLD: Tensor, bias: Tensor) -> Tensor:
-        x_BLD = x_BLD + self.attention(self.norm1(x_BLD), bias)
-        return x_BLD + self.mlp(self.norm2(x_BLD))
+    def forward(self, x_TD: Tensor, bias: Tensor, packing: Packing) -> Tensor:
+        x_TD = x_TD + self.attention(self.norm1(x_TD), bias, packing=packing)
+        return x_TD + self.mlp(self.norm2(x_TD))
 
 
 class TextAligner(nn.Module):
@@ -32,11 +32,13 @@ class TextAligner(nn.Module):
         self.blocks = nn.ModuleList(AlignerBlock(width, heads) for _ in range(blocks))
         self.norm = LayerNorm(width)
 
-    def forward(self, text_BLE: Tensor, mask_BL: Tensor) -> Tensor:
-        """(B, L, D). Padding (mask False) has no influence on the valid places; its own output is to be ignored."""
-        text_BLE = text_BLE.to(self.project.weight.dtype)
-        x_BLD = self.project(text_BLE) + self.positions(text_BLE.shape[1])
+    def forward(self, text_BLE: Tensor, mask_BL: Tensor) -> tuple[Tensor, Packing]:
+        """The aligned text's valid places (T, D), and where they are. Padding (mask False) is not computed."""
+        packing = Packing(mask_BL)
+        text_TE = packing.pack(text_BLE).to(self.project.weight.dtype)
+        L = text_BLE.shape[1]
+        x_TD = self.project(text_TE) + self.positions(L)[packing.places_T % L]
         bias = padding_bias(mask_BL)
         for block in self.blocks:
-            x_BLD = block(x_BLD, bias)
-        return self.norm(x_BLD)
+            x_TD = block(x_TD, bias, packing)
+        return self.norm(x_TD), packing

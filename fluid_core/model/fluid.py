@@ -80,7 +80,7 @@ class FluidModel(nn.Module):
         """
         grid = self._check(tokens, text_BLE, text_mask_BL, draws, grid)
         text_BLE, text_mask_BL = drop_captions(text_BLE, text_mask_BL, null_text_LE, draws.drop_text_B)
-        text = self.trunk.text_keys_values(self.aligner(text_BLE, text_mask_BL))
+        text = self.trunk.text_keys_values(*self.aligner(text_BLE, text_mask_BL))
         z_BND = self.trunk(tokens, draws.mask_BN, grid, text, padding_bias(text_mask_BL))
         z_KD = z_BND.flatten(0, 1)[draws.rows_K]
         target = tokens.flatten(0, 1)[draws.rows_K]

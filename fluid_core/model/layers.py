@@ -11,6 +11,7 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 _EXPLICIT_MAX_KEYS = 64
 """Up to this many keys plain matmuls beat the fused kernel on CPU (`python benchmarks/run.py model` measures it)."""
@@ -50,6 +51,29 @@ def padding_bias(mask_BL: Tensor) -> Tensor:
     return torch.zeros(mask_BL.shape, device=mask_BL.device).masked_fill(~mask_BL, -math.inf)[:, None, None, :]
 
 
+class Packing:
+    """Which places of a padded text (B, L) are valid, in one row (T): what is computed place by place skips the padding.
+
+    A batch is padded to its longest caption, and most captions are much shorter.
+    """
+
+    def __init__(self, mask_BL: Tensor):
+        self.shape = mask_BL.shape
+        if isinstance(mask_BL, FakeTensor):  # the planner counts shapes, without values: all places are taken as valid
+            self.places_T = torch.arange(mask_BL.numel(), device=mask_BL.device)
+        else:
+            self.places_T = mask_BL.flatten().nonzero()[:, 0]
+
+    def pack(self, x_BLD: Tensor) -> Tensor:
+        """The valid places (T, D)."""
+        return x_BLD.flatten(0, 1)[self.places_T]
+
+    def unpack(self, x_TD: Tensor) -> Tensor:
+        """(B, L, D) with zeros in the padding."""
+        B, L = self.shape
+        return x_TD.new_zeros(B * L, x_TD.shape[1]).index_copy(0, self.places_T, x_TD).view(B, L, -1)
+
+
 def causal_bias(num_tokens: int, device: torch.device) -> Tensor:
     """0 for keys at or before the query and -inf after it: fp32 (N, N)."""
     return torch.full((num_tokens, num_tokens), -math.inf, device=device).triu(1)
@@ -83,17 +107,24 @@ class SelfAttention(nn.Module):
         self.out = Linear(width, width)
 
     def forward(
-        self, x_BND: Tensor, bias: Tensor | None = None, cache: Cache | None = None, places_BP: Tensor | None = None
+        self,
+        x_BND: Tensor,
+        bias: Tensor | None = None,
+        cache: Cache | None = None,
+        places_BP: Tensor | None = None,
+        packing: Packing | None = None,
     ) -> Tensor:
-        """(B, N, D); with `places_BP` only the outputs of those places, (B, P, D)."""
-        B, N, D = x_BND.shape
-        q, k, v = self.qkv(x_BND).view(B, N, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)
+        """(B, N, D); with `places_BP` only the outputs of those places, (B, P, D). With `packing` (T, D) to (T, D)."""
+        qkv = self.qkv(x_BND) if packing is None else packing.unpack(self.qkv(x_BND))
+        B, N, D = *qkv.shape[:2], x_BND.shape[-1]
+        q, k, v = qkv.view(B, N, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)
         if places_BP is not None:
             q, N = q.take_along_dim(places_BP[:, None, :, None], dim=2), places_BP.shape[1]
         q, k = unit_norm(q) * self.gain.to(q.dtype), unit_norm(k)
         if cache is not None:
             k, v = cache.append(k, v)
-        return self.out(attend(q, k, v, bias).transpose(1, 2).reshape(B, N, D))
+        attended = attend(q, k, v, bias).transpose(1, 2).reshape(B, N, D)
+        return self.out(attended if packing is None else packing.pack(attended))
 
 
 class CrossAttention(nn.Module):
@@ -107,9 +138,11 @@ class CrossAttention(nn.Module):
         self.gain = nn.Parameter(torch.ones(width // heads))
         self.out = Linear(width, width)
 
-    def keys_values(self, text_BLD: Tensor) -> tuple[Tensor, Tensor]:
-        B, L, D = text_BLD.shape
-        k, v = self.kv(text_BLD).view(B, L, 2, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)
+    def keys_values(self, text_TD: Tensor, packing: Packing) -> tuple[Tensor, Tensor]:
+        """Of the text's valid places (T, D): keys and values, each (B, H, L, d)."""
+        B, L = packing.shape
+        kv_BLD = packing.unpack(self.kv(text_TD))
+        k, v = kv_BLD.view(B, L, 2, self.heads, -1).permute(2, 0, 3, 1, 4)
         return unit_norm(k), v
 
     def forward(self, x_BND: Tensor, keys_values: tuple[Tensor, Tensor], bias: Tensor | None) -> Tensor:

@@ -3,7 +3,7 @@
 order random: bidirectional attention, a learned mask token in the place of every unknown token.
 order raster: causal attention; place i is given token i - 1 (a learned start token at 0) and predicts token i.
 
-Shapes: B batch, N tokens, C token channels, L text tokens, D width, H heads, d = D / H.
+Shapes: B batch, N tokens, C token channels, L text tokens, T valid ones among all B * L, D width, H heads, d = D / H.
 """
 
 from typing import Any
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from fluid_core.model.layers import MLP, Cache, CrossAttention, LayerNorm, SelfAttention, causal_bias, padding_bias
+from fluid_core.model.layers import MLP, Cache, CrossAttention, LayerNorm, Packing, SelfAttention, causal_bias, padding_bias
 from fluid_core.model.positions import GridPositions
 
 TextKeysValues = list[tuple[Tensor, Tensor]]
@@ -59,9 +59,9 @@ class Trunk(nn.Module):
         self.norm_out = LayerNorm(width)
         self.head_positions = GridPositions(grid, width)
 
-    def text_keys_values(self, text_BLD: Tensor) -> TextKeysValues:
+    def text_keys_values(self, text_TD: Tensor, packing: Packing) -> TextKeysValues:
         """Every block's keys and values of the aligned text: once for each prompt, whatever the number of steps."""
-        return [block.cross.keys_values(text_BLD) for block in self.blocks]
+        return [block.cross.keys_values(text_TD, packing) for block in self.blocks]
 
     def forward(
         self,

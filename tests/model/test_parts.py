@@ -68,8 +68,8 @@ def test_the_aligner_knows_the_order_of_words() -> None:
     state = torch.randn(1, 6, TEXT_WIDTH)
     swapped = state[:, [1, 0, 2, 3, 4, 5]]
     mask = torch.ones(1, 6, dtype=torch.bool)
-    out, other = model.aligner(state, mask), model.aligner(swapped, mask)
-    assert not torch.allclose(out[:, 0], other[:, 1], atol=1e-2)
+    out, other = model.aligner(state, mask)[0], model.aligner(swapped, mask)[0]
+    assert not torch.allclose(out[0], other[1], atol=1e-2)
 
 
 @pytest.mark.parametrize("order", ["random", "raster"])
@@ -78,7 +78,7 @@ def test_padding_has_no_influence(order: str) -> None:
     tokens, hidden = torch.randn(3, 16, 16), torch.rand(3, 16) < 0.5
 
     def run(text: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        pairs = model.trunk.text_keys_values(model.aligner(text, mask))
+        pairs = model.trunk.text_keys_values(*model.aligner(text, mask))
         return model.trunk(tokens, hidden, (4, 4), pairs, padding_bias(mask))
 
     text, mask = padded(states, length=12)
@@ -88,7 +88,7 @@ def test_padding_has_no_influence(order: str) -> None:
     longest = max(len(state) for state in states)
     assert torch.allclose(run(*padded(states, length=longest)), expected, atol=1e-5), "how long the padding is"
     for b, state in enumerate(states):
-        pairs = model.trunk.text_keys_values(model.aligner(*padded([state])))
+        pairs = model.trunk.text_keys_values(*model.aligner(*padded([state])))
         alone = model.trunk(tokens[b : b + 1], hidden[b : b + 1], (4, 4), pairs, None)
         assert torch.allclose(alone[0], expected[b], atol=1e-5)
 
@@ -101,7 +101,7 @@ def test_random_order_sees_only_known_tokens_and_raster_only_earlier_ones() -> N
     changed[:, 9] += 1
     for order in ("random", "raster"):
         model = tiny_model(order=order)
-        pairs = model.trunk.text_keys_values(model.aligner(text, mask))
+        pairs = model.trunk.text_keys_values(*model.aligner(text, mask))
         hidden = torch.zeros(1, 16, dtype=torch.bool)
         hidden[:, 9] = True
         a, b = (model.trunk(x, hidden, (4, 4), pairs, None) for x in (tokens, changed))
@@ -118,7 +118,7 @@ def test_conditions_of_some_places_equal_those_of_all() -> None:
     """Generation reads few places: the last block finishes only those."""
     model, (text, mask) = tiny_model(), padded(texts(3))
     tokens, hidden = torch.randn(3, 16, 16), torch.rand(3, 16) < 0.5
-    pairs, bias = model.trunk.text_keys_values(model.aligner(text, mask)), padding_bias(mask)
+    pairs, bias = model.trunk.text_keys_values(*model.aligner(text, mask)), padding_bias(mask)
     places = torch.stack([torch.randperm(16)[:5] for _ in range(3)])
     some = model.trunk(tokens, hidden, (4, 4), pairs, bias, places)
     full = model.trunk(tokens, hidden, (4, 4), pairs, bias)
