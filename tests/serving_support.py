@@ -136,7 +136,7 @@ class Relay:
             target.shutdown(socket.SHUT_RDWR)
 
 
-def metric(server: Server, name: str) -> float:
+def metric(server: Server | str, name: str) -> float:
     """A metric of the server, summed over its labels."""
     text = request(server, "/metrics")[2].decode()
     return sum(float(line.rsplit(" ", 1)[1]) for line in text.splitlines() if line.split("{")[0].split(" ")[0] == name)

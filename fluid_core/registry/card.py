@@ -93,9 +93,16 @@ def model_card(
     )
 
 
-def registry_description(card: str) -> str:
-    """The card as the registry shows it: without pictures, which it cannot, and no longer than its database allows."""
-    text = "\n".join(line for line in card.splitlines() if not line.startswith("!["))
+def registry_description(card: str, step: int, gates: list[Gate], source: str) -> str:
+    """The card as the registry shows it: its list of versions shows the first line, its page has the name as title already,
+    has no pictures, and takes no more than its database allows."""
+    refused = ", ".join(gate.name for gate in gates if not gate.passed)
+    lines = [f"Step {step}: {f'refused by {refused}' if refused else 'passed every gate'}."]
+    for line in card.splitlines()[1:]:
+        if line.startswith("!["):
+            line = "The picture of the fixed prompts is among the artifacts of the source run, and `samples.png` in the bundle."
+        lines.append(line.replace("<this folder>", source))
+    text = "\n".join(lines)
     if len(text) <= MAX_DESCRIPTION:
         return text
     more = "\n\n... the rest is in README.md of the bundle and of this version's run."

@@ -55,7 +55,9 @@ def experiment_id(client: "MlflowClient", name: str) -> str:
     if found is None:
         try:
             root = artifact_root(client.tracking_uri)
-            return client.create_experiment(name, artifact_location=f"{root}/{name}" if root else None)
+            # Without it MLflow shows the runs as evaluations of a language model, among traces and judges.
+            kind = {"mlflow.experimentKind": "custom_model_development"}
+            return client.create_experiment(name, artifact_location=f"{root}/{name}" if root else None, tags=kind)
         except MlflowException:
             found = client.get_experiment_by_name(name)
             if found is None:

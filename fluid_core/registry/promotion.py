@@ -78,7 +78,8 @@ def promote(recipe: Recipe, run: str | None = None) -> Promotion:
                 sample_grid(images).save(samples, "PNG")
                 files[SAMPLES] = samples.getvalue()
             add_files(folder, files)
-            registry.client.update_model_version(registry.name, version, description=registry_description(card))
+            description = registry_description(card, step, gates, _source(recipe, folder))
+            registry.client.update_model_version(registry.name, version, description=description)
             _log(tracker, gates, images, metrics, folder, version)
             crowned = all(gate.passed for gate in gates)
             if crowned:

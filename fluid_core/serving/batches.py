@@ -1,7 +1,8 @@
 """`/v1/batches`: JSONL in, JSONL out, at the replicas' leisure.
 
 A batch runs inside the gateway: its images go to the same replicas as everyone's, behind them in the queue. Its state is in
-the storage (ledger.py), so that a gateway that starts again goes on with what was running.
+the storage (ledger.py), so that a gateway that starts again goes on with what was running. In a redeploy the new gateway starts
+while the old one still finishes its requests: the one that took a batch last works on it, the other leaves off.
 """
 
 import asyncio
@@ -37,12 +38,19 @@ _ID = re.compile(r"batch_[a-f0-9]{32}$")
 _TERMINAL = {"completed", "failed", "cancelled"}
 _MAX_LISTED_ERRORS = 100
 _ATTEMPTS = 4
+PAUSE_SECONDS = 30.0
+"""Before a batch goes on after a failure of the storage, or of ours."""
 
 Generate = Callable[[GenerationBody], Awaitable[dict[str, Any]]]
 
 
 class _StoredBatch(BatchObject):
     owner: str
+    runner: str = ""  # the gateway at work on it
+
+
+class _TakenOver(Exception):
+    """Another gateway goes on with the batch."""
 
 
 class BatchRunner:
@@ -51,6 +59,7 @@ class BatchRunner:
     def __init__(self, storage: Storage, files: FileStore, config: ServingConfig, metrics: ServingMetrics, generate: Generate):
         self._storage, self._files, self._config, self._metrics = storage, files, config, metrics
         self._generate = generate
+        self._id = secrets.token_hex(8)
         # Lines at work at once: enough to keep every replica's batch full while others finish.
         places = config.replicas * config.max_batch_size
         self._places = asyncio.Semaphore(places + places // 2 + 1)
@@ -123,33 +132,50 @@ class BatchRunner:
         task.add_done_callback(forget)
 
     async def _run(self, batch: _StoredBatch) -> None:
+        """Take the batch and work on it to its end; what is not the client's fault (a storage that is away) is waited out."""
+        taken = False
+        while True:
+            try:
+                if taken:
+                    await self._check_mine(batch)
+                else:
+                    batch.runner = self._id
+                    await self._save(batch)
+                    taken = True
+                with tempfile.TemporaryDirectory(prefix="fluid-batch-") as scratch:
+                    await self._work(batch, Path(scratch))
+                return
+            except _TakenOver:
+                logger.info("batch %s: another gateway goes on with it", batch.id)
+                return
+            except Exception:
+                logger.exception("batch %s stopped; it goes on in %g s", batch.id, PAUSE_SECONDS)
+                await asyncio.sleep(PAUSE_SECONDS)
+
+    async def _work(self, batch: _StoredBatch, scratch: Path) -> None:
+        """From wherever the batch is to its end. Raises _TakenOver, or what the storage raises."""
         ledger = JobLedger(self._storage, f"batches/{batch.id}")
         try:
-            with tempfile.TemporaryDirectory(prefix="fluid-batch-") as scratch:
-                source = await asyncio.to_thread(self._files.fetch, batch.input_file_id, batch.owner, Path(scratch))
-                plan = await asyncio.to_thread(ledger.plan)
-                if plan is None:
-                    if batch.status == "cancelling":
-                        await self._end(batch, "cancelled")
-                        return
-                    plan = await self._validate(batch, ledger, source)
-                    if plan is None:
-                        return
-                done = await asyncio.to_thread(ledger.committed)
-                self._live[batch.id] = _counts(plan, done)
-                if batch.status in ("validating", "in_progress"):
-                    batch.status, batch.in_progress_at = "in_progress", batch.in_progress_at or int(time.time())
-                    await self._save(batch)
-                    await self._generate_all(batch, ledger, plan, source, done)
-                await self._finalise(batch, ledger, plan, Path(scratch))
-        except asyncio.CancelledError:
-            raise
-        except ApiError as error:
+            source = await asyncio.to_thread(self._files.fetch, batch.input_file_id, batch.owner, scratch)
+        except ApiError as error:  # the client deleted its file
             batch.errors = BatchErrors(data=[BatchError(code=error.code, message=error.message)])
             await self._end(batch, "failed")
-        except Exception:
-            # Not the client's fault: the batch stays unfinished and the next start of the gateway goes on with it.
-            logger.exception("batch %s stopped", batch.id)
+            return
+        plan = await asyncio.to_thread(ledger.plan)
+        if plan is None:
+            if batch.status == "cancelling":
+                await self._end(batch, "cancelled")
+                return
+            plan = await self._validate(batch, ledger, source)
+            if plan is None:
+                return
+        done = await asyncio.to_thread(ledger.committed)
+        self._live[batch.id] = _counts(plan, done)
+        if batch.status in ("validating", "in_progress"):
+            batch.status, batch.in_progress_at = "in_progress", batch.in_progress_at or int(time.time())
+            await self._save(batch)
+            await self._generate_all(batch, ledger, plan, source, done)
+        await self._finalise(batch, ledger, plan, scratch)
 
     async def _validate(self, batch: _StoredBatch, ledger: JobLedger, source: Path) -> JobPlan | None:
         def work() -> tuple[JobPlan | None, list[BatchError]]:
@@ -189,6 +215,7 @@ class BatchRunner:
 
         async def worker() -> None:
             for chunk in pending:
+                await self._check_mine(batch)
                 await self._chunk(batch, ledger, plan, source, chunk)
 
         workers = [asyncio.create_task(worker()) for _ in range(2)]
@@ -246,6 +273,7 @@ class BatchRunner:
         raise AssertionError
 
     async def _finalise(self, batch: _StoredBatch, ledger: JobLedger, plan: JobPlan, scratch: Path) -> None:
+        await self._check_mine(batch)
         if batch.status == "in_progress":
             batch.status, batch.finalizing_at = "finalizing", int(time.time())
             await self._save(batch)
@@ -276,6 +304,12 @@ class BatchRunner:
         batch.status = status  # type: ignore[assignment]
         setattr(batch, f"{status}_at", int(time.time()))
         await self._save(batch)
+
+    async def _check_mine(self, batch: _StoredBatch) -> None:
+        """Raises _TakenOver."""
+        data = await asyncio.to_thread(self._storage.read_or_none, f"batches/{batch.id}/batch.json")
+        if data is None or _StoredBatch.model_validate_json(data).runner != self._id:
+            raise _TakenOver
 
     async def _save(self, batch: _StoredBatch) -> None:
         name = f"batches/{batch.id}/batch.json"
@@ -321,4 +355,4 @@ def _counts(plan: JobPlan, done: dict[int, ChunkRecord]) -> RequestCounts:
 
 
 def _public(batch: _StoredBatch) -> BatchObject:
-    return BatchObject(**batch.model_dump(exclude={"owner"}))
+    return BatchObject(**batch.model_dump(exclude={"owner", "runner"}))

@@ -222,7 +222,7 @@ class ContinuousBatcher:
             partial = [running for running in group if running.wants_preview]
             if partial:
                 for running, image in zip(partial, self._decode(partial), strict=True):
-                    if running.job.on_partial and not running.job.cancelled:
+                    if running.job.on_partial and not running.job.cancelled and isinstance(image, Image.Image):
                         running.job.on_partial(running.index, image, running.slot)
         except Exception as error:
             logger.exception("a batch of %d images failed", len(group))
@@ -238,15 +238,22 @@ class ContinuousBatcher:
             self.images += 1
             if job.cancelled:
                 continue
+            if isinstance(image, FloatingPointError):
+                self._end(job, image)
+                continue
             job.on_image(running.index, image, running.slot)
             job.remaining -= 1
             if job.remaining == 0:
                 job.on_end(None)
 
-    def _decode(self, running: list[_Running]) -> list[Image.Image]:
+    def _decode(self, running: list[_Running]) -> list[Image.Image | FloatingPointError]:
+        """The images; in place of one that came out NaN, by settings that a client may try, its error. The others are whole."""
         grid = running[0].slot.request.grid
-        with torch.inference_mode():
-            return self.pipeline.decode([r.slot.tokens_NC for r in running], grid)
+        try:
+            with torch.inference_mode():
+                return list(self.pipeline.decode([r.slot.tokens_NC for r in running], grid))
+        except FloatingPointError as error:
+            return [error] if len(running) == 1 else [self._decode([one])[0] for one in running]
 
     def _end(self, job: Job, error: BaseException | None) -> None:
         """Take every trace of a job out; tell its owner unless it is the owner who left."""

@@ -4,6 +4,7 @@ import asyncio
 import logging
 import threading
 import time
+from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
 from dataclasses import asdict
@@ -114,10 +115,14 @@ class Generator:
 
     async def _events(self, task: ImageTask, seconds: float) -> AsyncGenerator[TaskEvent, None]:
         loop = asyncio.get_running_loop()
-        inbox: asyncio.Queue[tuple[str, int, Any, Any]] = asyncio.Queue()
+        happened: deque[tuple[str, int, Any, Any]] = deque()
+        news = asyncio.Event()
 
         def post(kind: str, index: int = 0, value: Any = None, more: Any = None) -> None:
-            loop.call_soon_threadsafe(inbox.put_nowait, (kind, index, value, more))
+            """From the batching thread. To wake the loop takes the interpreter away from it: without a stream once, at the end."""
+            happened.append((kind, index, value, more))
+            if task.stream or kind == "end":
+                loop.call_soon_threadsafe(news.set)
 
         while True:
             version = self._version
@@ -145,7 +150,10 @@ class Generator:
                 continue  # the version changed in between
         try:
             while True:
-                kind, index, value, more = await inbox.get()
+                while not happened:
+                    news.clear()
+                    await news.wait()
+                kind, index, value, more = happened.popleft()
                 if kind == "started":
                     yield TaskEvent("started", details=value)
                 elif kind == "partial":

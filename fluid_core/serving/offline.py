@@ -10,9 +10,10 @@ import tempfile
 import time
 from collections import defaultdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from PIL import Image
 from tqdm import tqdm
 
 from fluid_core.config import Recipe
@@ -27,6 +28,10 @@ from fluid_core.serving.requests import ServedModel
 from fluid_core.serving.safety import load_safety_hook
 from fluid_core.serving.schema import GenerationBody
 from fluid_core.serving.tasks import ImageTask
+
+if TYPE_CHECKING:
+    from fluid_core.generation.engine import GenerationRequest
+    from fluid_core.generation.pipeline import FluidPipeline
 
 
 class OfflineJob:
@@ -187,8 +192,12 @@ def make_chunk(
     for items in groups.values():
         for start in range(0, len(items), size):
             part = items[start : start + size]
-            images = served.pipeline.run([request for *_, request in part], batch_size=size)
+            images = _images(served.pipeline, [request for *_, request in part])
             for (index, custom_id, task, request), image in zip(part, images, strict=True):
+                if isinstance(image, FloatingPointError):
+                    reason = {"code": "generation_failed", "message": str(image)}
+                    bad[index] = {"custom_id": custom_id, "line": index + 1, "error": reason}
+                    continue
                 refusal = safety.check_image(image, task.prompt, task.user)
                 if refusal is not None:
                     reason = {"code": "content_policy_violation", "message": refusal}
@@ -201,6 +210,14 @@ def make_chunk(
                 row = {"custom_id": custom_id, "line": index + 1, "image": name, "seed": task.seed, "prompt": task.prompt}
                 good[index] = row | {"model": served.ref.label, "sha256": hashlib.sha256(data).hexdigest()}
     return [good[index] for index in sorted(good)], [bad[index] for index in sorted(bad)]
+
+
+def _images(pipeline: "FluidPipeline", requests: list["GenerationRequest"]) -> list[Image.Image | FloatingPointError]:
+    """One batch; in place of an image that came out NaN its error."""
+    try:
+        return list(pipeline.run(requests, batch_size=len(requests)))
+    except FloatingPointError as error:
+        return [error] if len(requests) == 1 else [_images(pipeline, [request])[0] for request in requests]
 
 
 def task_of(body: GenerationBody, recipe: Recipe, served: ServedModel, safety: Any) -> ImageTask:

@@ -14,6 +14,7 @@ from typing import Any
 import httpx
 import psutil
 import pytest
+import yaml
 from serving_support import Server, difference, image_of, metric, open_request, request, small_recipe
 from tiny_fluid import tiny_pipeline
 
@@ -281,15 +282,19 @@ def test_a_version_that_cannot_be_loaded_changes_nothing(server: Faulty, tmp_pat
     wait_for_model(server, "unit:1")
 
 
-def test_a_redeploy_drains_without_failed_requests(server: Faulty) -> None:
-    from ray import serve
+def test_a_redeploy_drains_without_failed_requests(server: Faulty, repository: Path) -> None:
+    """By the config file of `serve deploy`, as Ray's dashboard hands it to Serve."""
+    from ray.serve.context import _get_global_client
+    from ray.serve.schema import ServeDeploySchema
 
-    from fluid_core.serving.app import APP_NAME, build_app
-
-    changed = server.recipe.model_copy(deep=True)
-    changed.serving.max_batch_size = 3
+    values = yaml.safe_load((repository / "infra/serve/demo.yaml").read_text())
+    values["applications"][0]["args"] = {
+        "config": str(server.folder / "recipe.yaml"),
+        "overrides": ["serving.max_batch_size=3"],
+    }
+    config = ServeDeploySchema.model_validate(values)
     before = {name: [process.pid for process in replicas(name)] for name in ("Gateway", "Generator")}
-    answers = traffic(server, lambda: serve.run(build_app(changed), name=APP_NAME, route_prefix="/"))
+    answers = traffic(server, lambda: _get_global_client().deploy_apps(config, _blocking=True))
     assert Counter(status for status, _, _ in answers) == {200: len(answers)} and len(answers) > 3
     for name, pids in before.items():
         now = [process.pid for process in replicas(name)]

@@ -19,9 +19,13 @@ from PIL import Image
 from serving_support import difference, small_recipe
 from tiny_fluid import tiny_pipeline
 
-from fluid_core.config import Recipe
-from fluid_core.serving.offline import OfflineJob
+from fluid_core.config import GenerationConfig, Recipe
+from fluid_core.data.storage import open_storage
+from fluid_core.registry.models import resolve_model
+from fluid_core.serving.offline import OfflineJob, make_chunk
 from fluid_core.serving.provenance import read_provenance
+from fluid_core.serving.requests import ServedModel
+from fluid_core.serving.safety import BlockList
 
 LINES = 64
 
@@ -152,3 +156,15 @@ def test_killed_actors_are_replaced_and_nothing_is_made_twice(ray_session: str, 
     assert [row["line"] for row in rows] == list(range(1, LINES + 1)) and [row["seed"] for row in rows] == list(range(LINES))
     assert all(hashlib.sha256((output / row["image"]).read_bytes()).hexdigest() == row["sha256"] for row in rows)
     assert len(list(output.rglob("*.png"))) == LINES and len(list(output.glob("_ledger/*.json"))) == LINES // 4
+
+
+def test_a_line_whose_image_comes_out_nan_is_an_error_of_its_own(tmp_path: Path) -> None:
+    """The bundle's own guidance is absurd here; one line takes it."""
+    generation = GenerationConfig(num_steps=4, head_steps=2, guidance_scale=1e38, solver="euler")
+    tiny_pipeline(tmp_path, generation=generation).save_pretrained(tmp_path / "bundle")
+    recipe = small_recipe(tmp_path, model=str(tmp_path / "bundle"))
+    served = ServedModel(resolve_model(recipe.serving.model, recipe.registry), recipe)
+    lines = [json.dumps({"prompt": "a red circle", "seed": i} | ({} if i == 1 else {"guidance": 2})).encode() for i in range(3)]
+    good, bad = make_chunk(served, BlockList(), recipe, open_storage(str(tmp_path / "out")), 0, 0, lines, "job")
+    assert [row["line"] for row in good] == [1, 3]
+    assert [(row["line"], row["error"]["code"]) for row in bad] == [(2, "generation_failed")]

@@ -1,5 +1,6 @@
-"""Bundles that lie on S3: copied up, fetched once, verified."""
+"""What lies on S3: bundles, copied up, fetched once, verified; clients' files; batches and batch jobs with their images."""
 
+import asyncio
 import io
 import json
 import os
@@ -8,19 +9,30 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 from fake_run import add_checkpoint, fake_run
 from PIL import Image
+from s3_support import BUCKET, FaultyProxy
+from serving_support import image_of
 from tiny_fluid import tiny_pipeline
 
+from fluid_core.config import ServingConfig
 from fluid_core.data.storage import open_storage
 from fluid_core.generation.pipeline import FluidPipeline
 from fluid_core.registry.bundle_store import local_bundle, upload_bundle
 from fluid_core.registry.models import resolve_model
 from fluid_core.registry.promotion import promote
+from fluid_core.serving.batches import BatchRunner
 from fluid_core.serving.errors import ApiError
 from fluid_core.serving.files import FileStore
+from fluid_core.serving.gateway import images_response
+from fluid_core.serving.ledger import JobLedger
+from fluid_core.serving.metrics import ServingMetrics
+from fluid_core.serving.provenance import png_bytes
+from fluid_core.serving.schema import BatchBody, BatchObject, GenerationBody
+from fluid_core.serving.tasks import TaskEvent
 
 
 def test_up_and_down(s3: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -58,6 +70,81 @@ def test_the_files_of_clients_on_s3(s3: str, tmp_path: Path) -> None:
     store.delete(record.id, "key:ann")
     with pytest.raises(ApiError, match="404"):
         store.get(record.id, "key:ann")
+
+
+class Gateways:
+    """Batch runners with their state on S3, and real images; `made` has the seed of each image in the order of making."""
+
+    def __init__(self, folder: Path, storage: str):
+        self.pipeline = tiny_pipeline(folder)
+        self.made: list[int] = []
+        self.storage = open_storage(storage)
+        self.files = FileStore(self.storage)
+
+    def start(self) -> BatchRunner:
+        return BatchRunner(self.storage, self.files, ServingConfig(max_batch_size=4), ServingMetrics(), self.generate)
+
+    async def generate(self, body: GenerationBody) -> dict[str, Any]:
+        seed = body.seed or 0
+        self.made.append(seed)
+        image = await asyncio.to_thread(lambda: self.pipeline([body.prompt], seed=seed, num_steps=1)[0])
+        started = {"model": "unit:1", "size": "32x32", "text_tokens": 3, "image_tokens": 16}
+        return images_response(started, [TaskEvent("image", png=png_bytes(image), seed=seed)]).model_dump(mode="json")
+
+    async def create(self, runner: BatchRunner, count: int, folder: Path) -> BatchObject:
+        lines = [{"custom_id": str(i), "body": {"prompt": "a red circle", "seed": i}} for i in range(count)]
+        (folder / "in.jsonl").write_text("\n".join(json.dumps(line) for line in lines))
+        file = self.files.create(folder / "in.jsonl", "in.jsonl", "batch", "key:ann")
+        body = BatchBody(input_file_id=file.id, endpoint="/v1/images/generations", completion_window="24h")
+        return await runner.create(body, "key:ann")
+
+    async def finish(self, runner: BatchRunner, batch: BatchObject, count: int) -> None:
+        """Wait for the batch's end; its output has every line once, in order, with its image."""
+        while batch.status != "completed":
+            await asyncio.sleep(0.01)
+            batch = await runner.get(batch.id, "key:ann")
+        assert batch.request_counts.completed == batch.request_counts.total == count
+        output = b"".join(self.files.content(batch.output_file_id or "", "key:ann"))
+        answers = [json.loads(row) for row in output.splitlines()]
+        assert [answer["custom_id"] for answer in answers] == [str(i) for i in range(count)]
+        for i in (0, count - 1):
+            image = image_of(answers[i]["response"]["body"]["data"][0]["b64_json"])
+            assert image.tobytes() == self.pipeline(["a red circle"], seed=i, num_steps=1)[0].tobytes()
+
+
+def test_a_batch_is_taken_over_by_the_next_gateway(s3: str, tmp_path: Path) -> None:
+    """As in a redeploy: the old one leaves off, and nothing committed is made again."""
+    gateways = Gateways(tmp_path, f"{s3}/gateway")
+
+    async def run() -> set[int]:
+        old, new = gateways.start(), gateways.start()
+        batch = await gateways.create(old, 80, tmp_path)
+        ledger = JobLedger(gateways.storage, f"batches/{batch.id}")
+        while not (committed := set(ledger.committed())):
+            await asyncio.sleep(0.01)
+        await new.resume_all()
+        await gateways.finish(new, batch, 80)
+        return committed
+
+    for chunk in {*asyncio.run(run()), 4}:  # of 16 lines
+        assert {gateways.made.count(seed) for seed in range(16 * chunk, 16 * chunk + 16)} == {1}, f"{chunk} was made twice"
+
+
+def test_a_batch_waits_out_a_storage_that_is_away(proxy: FaultyProxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fluid_core.serving.batches.PAUSE_SECONDS", 0.05)
+    gateways = Gateways(tmp_path, f"s3://{BUCKET}/away")
+
+    def fault(method: str, path: str) -> str | None:
+        return "503" if method == "PUT" and 20 in gateways.made and len(proxy.seen) < 25 else None
+
+    proxy.fault = fault
+
+    async def run() -> None:
+        runner = gateways.start()
+        await gateways.finish(runner, await gateways.create(runner, 48, tmp_path), 48)
+
+    asyncio.run(run())
+    assert len(proxy.seen) == 25 and len(gateways.made) > 48, "the batch never stopped: the storage was not away for long"
 
 
 def test_a_batch_job_on_another_machine(s3: str, tmp_path: Path, repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -74,9 +74,10 @@ def test_a_checkpoint_becomes_champion_and_the_next_one_replaces_it(recipe: Reci
     assert json.loads(version.tags["fluid.data"])[0]["uri"] == recipe.encode.output
     card = (second.bundle / "README.md").read_text()
     assert "passed: images" in card and "Apache-2.0" in card and "20 steps of" in card
-    # The registry's page has no place for the bundle's picture.
-    assert "![fixed prompts](samples.png)" in card and "samples.png" not in version.description
-    assert version.description.splitlines() == [line for line in card.splitlines() if not line.startswith("![")]
+    # The registry's page shows no pictures, and its list of versions the first line.
+    assert "![fixed prompts](samples.png)" in card and "![" not in version.description
+    assert version.description.splitlines()[0] == "Step 20: passed every gate."
+    assert f'from_pretrained("{second.bundle}")' in version.description and "## Limits" in version.description
     with Image.open(second.bundle / "samples.png") as samples:
         assert samples.size == (64, 32)
     verify_bundle(second.bundle)
@@ -96,7 +97,8 @@ def test_a_worse_model_stays_candidate(recipe: Recipe, capsys: pytest.CaptureFix
     assert "stays candidate, refused by: validation_loss" in capsys.readouterr().err
     registry = ModelRegistry(recipe.registry)
     assert registry.aliases() == {"champion": "2", "previous": "1", "candidate": "3"}
-    assert registry.client.get_model_version("unit", "3").tags[STATE] == "refused"
+    refused = registry.client.get_model_version("unit", "3")
+    assert refused.tags[STATE] == "refused" and refused.description.startswith("Step 30: refused by validation_loss.\n")
 
 
 def test_rollback_swaps_champion_and_previous(recipe: Recipe) -> None:
@@ -224,5 +226,5 @@ def test_a_damaged_bundle_is_refused(recipe: Recipe) -> None:
 
 def test_a_long_card_fits_into_the_registrys_tables() -> None:
     card = "# name\n![fixed prompts](samples.png)\n" + "| metric | 0.5 |\n" * 600
-    text = registry_description(card)
-    assert len(text) <= MAX_DESCRIPTION and text.startswith("# name\n| metric") and "README.md" in text.splitlines()[-1]
+    text = registry_description(card, 7, [], "/bundle")
+    assert len(text) <= MAX_DESCRIPTION and text.startswith("Step 7: ") and "README.md" in text.splitlines()[-1]

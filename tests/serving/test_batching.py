@@ -154,3 +154,20 @@ def test_a_failing_batch_is_reported_and_the_next_works(pipeline: FluidPipeline,
     batcher.submit(client.job)
     assert client.wait().error is None and batcher.healthy(60)
     batcher.close()
+
+
+def test_an_image_that_comes_out_nan_spoils_no_other(pipeline: FluidPipeline) -> None:
+    batcher = ContinuousBatcher(pipeline, max_batch_size=8)
+    gate = threading.Event()
+    first = Client(pipeline, ["the circle"])
+    made = first.job.make_requests
+    first.job.make_requests = lambda: (gate.wait(60), made())[1]
+    neighbour, broken = Client(pipeline, ["a red circle"], seed=4), Client(pipeline, ["two apple"] * 2, guidance_scale=1e38)
+    for client in (first, broken, neighbour):
+        batcher.submit(client.job)
+    gate.set()  # all three are decoded together
+    assert isinstance(broken.wait().error, FloatingPointError) and not broken.images
+    assert neighbour.wait().error is None and first.wait().error is None
+    assert same(neighbour.images[0], pipeline(["a red circle"], seed=4)[0])
+    batcher.close()
+    assert batcher.join(10) and batcher.steps == 6

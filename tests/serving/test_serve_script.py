@@ -1,16 +1,27 @@
-"""pipelines/serve.py: what can be wrong is one clear line, and nothing is started for it."""
+"""pipelines/serve.py: from the start to Ctrl-C; what can be wrong is one clear line, and nothing is started for it."""
 
 import argparse
+import json
+import os
 import runpy
+import signal
 import socket
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
-from serving_support import Server, small_recipe
+from serving_support import Server, metric, request, small_recipe
 
 from fluid_core.config import Recipe
 from fluid_core.serving.app import check, free_port
+from fluid_core.serving.keys import new_key
 
 
 def serve(repository: Path, recipe: Recipe, *arguments: str) -> Any:
@@ -60,3 +71,65 @@ def test_no_model_is_told_with_the_command_that_makes_one(
         check(small_recipe(tmp_path, model=str(tmp_path)))
     with pytest.raises(ValueError, match="--new-key"):
         check(small_recipe(tmp_path, api_keys_file=str(tmp_path / "absent")))
+
+
+def test_from_ready_to_ctrl_c(server: Server, repository: Path, tmp_path: Path) -> None:
+    """/readyz waits for a real image, each key has a rate, and Ctrl-C finishes what was accepted and takes nothing new."""
+    ann, bob = ({"Authorization": f"Bearer {new_key(name, tmp_path / 'keys')}"} for name in ("ann", "bob"))
+    keys = {"api_keys_file": str(tmp_path / "keys"), "requests_per_minute": 20}
+    small_recipe(tmp_path, model=str(server.folder / "bundle"), **keys)
+    port = free_port("127.0.0.1", 0)
+    url = f"http://127.0.0.1:{port}"
+    script = [sys.executable, str(repository / "pipelines/serve.py"), "--config", str(tmp_path / "recipe.yaml")]
+    process = subprocess.Popen(
+        [*script, "--port", str(port)],
+        env={name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        start_new_session=True,  # a group of its own, as a shell gives it: Ctrl-C reaches the script and its children
+    )
+    try:
+        early: list[float] = []
+
+        def watch() -> None:
+            while not early and process.poll() is None:
+                with suppress(httpx.HTTPError):
+                    if request(url, "/readyz")[0] == 200:
+                        early.append(metric(url, "fluid_images_total"))
+
+        watching = threading.Thread(target=watch)
+        watching.start()
+        assert process.stdout is not None
+        said = process.stdout.readline()
+        watching.join()
+        assert said.startswith(f"Fluid serves bundle at {url}") and early == [1.0], (said, early)
+
+        statuses = [request(url, "/v1/models", headers=bob)[0] for _ in range(20)]
+        status, headers, body = request(url, "/v1/models", headers=bob)
+        assert statuses == [200] * 20 and (status, json.loads(body)["error"]["code"]) == (429, "rate_limit_exceeded")
+        assert 1 <= int(headers["retry-after"]) <= 3
+
+        long = {"prompt": "a red circle", "steps": 256, "size": "128x128", "n": 8}
+        with ThreadPoolExecutor(1) as pool:
+            accepted = pool.submit(request, url, "/v1/images/generations", long, headers=ann)
+            wait_until(lambda: metric(url, "fluid_images_in_flight") == 8)
+            os.killpg(process.pid, signal.SIGINT)
+            wait_until(lambda: request(url, "/readyz")[0] == 503)
+            assert request(url, "/v1/images/generations", {"prompt": "a red circle"}, headers=ann)[0] == 503
+            assert not accepted.done()
+            status, _, body = accepted.result()
+        assert status == 200 and len(json.loads(body)["data"]) == 8
+        assert process.wait(60) == 0
+        assert free_port("127.0.0.1", port) == port
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+def wait_until(condition: Any, seconds: float = 60) -> None:
+    until = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < until
+        time.sleep(0.02)

@@ -295,3 +295,39 @@ def test_everything_has_a_name(page: Page) -> None:
     assert ("textbox", "What should be in the picture?") in controls
     labels = [name for role, name in controls if role == "button"]
     assert len(labels) == len(set(labels)), "two buttons of one name"
+
+
+FAINT = """(() => {
+    const numbers = (colour) => colour.match(/[\\d.]+/g).map(Number);
+    const luminance = (colour) => {
+        const [r, g, b] = numbers(colour).map((v) => v / 255 <= 0.04045 ? v / 255 / 12.92 : ((v / 255 + 0.055) / 1.055) ** 2.4);
+        return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+    };
+    const behind = (e) => {
+        while (numbers(getComputedStyle(e).backgroundColor)[3] === 0) e = e.parentElement;
+        return getComputedStyle(e).backgroundColor;
+    };
+    const words = (e) => e.matches("input, textarea, select") || [...e.childNodes].some((n) => n.nodeType === 3 && n.data.trim());
+    const shown = [...document.querySelectorAll("body *")].filter((e) => e.checkVisibility() && !e.disabled && words(e));
+    const contrast = (e) => {
+        const [less, more] = [getComputedStyle(e).color, behind(e)].map(luminance).sort((a, b) => a - b);
+        return (more + 0.05) / (less + 0.05);
+    };
+    return [shown.length, luminance(behind(document.body)), shown.filter((e) => contrast(e) < 4.5).map((e) => e.outerHTML)];
+})()"""
+"""JavaScript: how many elements have words, how light the page is, and which words are too faint (WCAG AA: under 4.5 to 1)."""
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_every_word_can_be_read(page: Page, scheme: str) -> None:
+    page.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
+    make(page, seed=9)
+    page.click("#inpaint")
+    page.drag("#paint", [(0.5, 0.2), (0.5, 0.8)])
+    page.fill("#steps", "17")
+    page.click("#go")
+    page.wait("document.querySelector('#error').textContent")
+    save(page, scheme)
+    elements, light, faint = page.evaluate(FAINT)
+    assert elements > 20 and faint == []
+    assert (light > 0.5) == (scheme == "light")
