@@ -1,63 +1,126 @@
-"""Training: DeepSpeed's engine beside a plain torch loop, Muon, the loader beside the trainer's need, checkpoints, two workers.
+"""Training: DeepSpeed's engine beside a plain torch loop, two workers, the loader beside the trainer's need, checkpoints.
 
-    python -m benchmarks.run train
+    python -m benchmarks.run train          all of it, with the other rooms' table and JSON
+    python -m benchmarks.train muon         one part: adamw, muon, workers, loader, checkpoint, gpu
 
 The model is fluid-tiny (8M parameters, 16 tokens, flow head), in bf16 where the CPU computes it. Steps of both sides alternate
-in one process with one thread, so that other work on the machine slows both alike; medians.
+in one process with one thread, and their CPU time is taken, so that other work on the machine does not decide; medians. With a
+GPU at hand `gpu` measures the large presets (benchmarks/train_gpu.py).
 """
 
+import json
 import multiprocessing
 import os
+import queue
 import socket
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 BATCH = 64
 STEPS = 8
 WARM_UP = 2
+CHECKPOINT_EVERY = 250
+"""Steps between the demo's checkpoints, for the share of time that saving takes."""
 
 
 def rows() -> list[dict[str, Any]]:
     """name, ours, reference, ratio, unit, target; rates in images per second."""
-    one = _spawn(1, _one_worker)[0]
+    return [row for part in PARTS.values() for row in part()]
+
+
+def step_rows(optimizer: str) -> list[dict[str, Any]]:
+    (one,) = _spawn(1, partial(_alternate, optimizer))
+    name = f"ZeRO-3 step, {optimizer}, 1 worker / plain torch loop"
+    return [_row(name, BATCH / one["ours"], BATCH / one["plain"], "images/s", ">= 0.8")]
+
+
+def worker_rows() -> list[dict[str, Any]]:
+    (one,) = _spawn(1, _steps_only)
     two = _spawn(2, _steps_only)
-    out = [
-        _row("ZeRO-3 step, AdamW, 1 worker / plain torch loop", one["zero_adamw"], one["plain_adamw"], "images/s", ">= 0.8"),
-        # torch.optim.Muon always works in bf16, which some CPUs only emulate.
-        _row("ZeRO-3 step, Muon, 1 worker / plain torch.optim.Muon", one["zero_muon"], one["plain_muon"], "images/s", ">= 0.8"),
-        _row(
-            "ZeRO-3 Muon, 2 workers / 1 worker",
-            2 * min(r["rate"] for r in two),
-            one["zero_muon"],
-            "images/s",
-            "the cores allow",
-        ),
-        _row("loader / trainer's need", one["loader"], one["zero_adamw"], "images/s", ">= 10"),
+    rate = 2 * BATCH / max(r["seconds"] for r in two)
+    return [_row("ZeRO-3 Muon, 2 workers / 1 worker, CPU time", rate, BATCH / one["seconds"], "images/s", ">= 1.7")]
+
+
+def loader_rows() -> list[dict[str, Any]]:
+    with tempfile.TemporaryDirectory() as folder:
+        _write_dataset(Path(folder))
+        (one,) = _spawn(1, partial(_train_from_files, folder))
+    waiting = {"name": "data wait / step", "ours": one["wait"], "reference": one["step"], "unit": "s", "target": "< 0.01"}
+    return [
+        _row("loader / trainer's need, images per CPU second", one["loader"], one["trainer"], "images/s", ">= 10"),
+        {**waiting, "ratio": round(one["wait"] / one["step"], 4)},
     ]
-    stall = one["checkpoint_stall"] / one["step_seconds"]
-    out.append(
+
+
+def checkpoint_rows() -> list[dict[str, Any]]:
+    (one,) = _spawn(1, _checkpoint_stall)
+    share = one["stall"] / (CHECKPOINT_EVERY * one["step"])
+    return [
+        _row("checkpoint: training stands still / step", one["stall"], one["step"], "s", "<= 1"),
         {
-            "name": "checkpoint: training stands still, in steps",
-            "ours": round(one["checkpoint_stall"], 4),
-            "reference": round(one["step_seconds"], 4),
-            "ratio": round(stall, 3),
-            "unit": "s",
-            "target": "<= 1",
-        }
-    )
+            "name": f"checkpoint stall, share of the time, one in {CHECKPOINT_EVERY} steps",
+            "ours": round(one["stall"], 4), "reference": round(CHECKPOINT_EVERY * one["step"], 2), "ratio": round(share, 5),
+            "unit": "s", "target": "< 0.01",
+        },
+    ]  # fmt: skip
+
+
+def gpu_rows() -> list[dict[str, Any]]:
+    """MFU and memory of the large presets, each in a process of its own. Nothing without a GPU."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return []
+    out = []
+    runs = [[preset, *more] for preset in ("fluid-369m", "fluid-1.1b", "fluid-3.1b") for more in ([], ["--checkpointing"])]
+    for arguments in [*runs, ["fluid-10.5b", "--bf16-states", "--checkpointing", "--micro-batch", "8", "--steps", "3"]]:
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1"]
+        done = subprocess.run(
+            [*command, "-m", "benchmarks.train_gpu", *arguments],
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd=Path(__file__).parents[1],
+        )
+        name = " ".join(arguments)
+        if done.returncode:
+            out.append({"name": f"{name}: exit status {done.returncode}", "target": "runs"})
+            continue
+        found = json.loads(done.stdout.splitlines()[-1])
+        out.append(_row(f"{name}: model TFLOP/s / peak", found["tflops"], found["peak_tflops"], "TFLOP/s", ">= 0.5 from 1.1b"))
+        if found["planned_gib"]:
+            out.append(_row(f"{name}: memory / plan", found["memory_gib"], found["planned_gib"], "GiB", "0.9-1.1"))
     return out
+
+
+PARTS: dict[str, Callable[[], list[dict[str, Any]]]] = {
+    "adamw": partial(step_rows, "adamw"),
+    "muon": partial(step_rows, "muon"),
+    "workers": worker_rows,
+    "loader": loader_rows,
+    "checkpoint": checkpoint_rows,
+    "gpu": gpu_rows,
+}
 
 
 def _row(name: str, ours: float, reference: float, unit: str, target: str) -> dict[str, Any]:
     return {
-        "name": name, "ours": round(ours, 1), "reference": round(reference, 1), "ratio": round(ours / reference, 3),
+        "name": name, "ours": round(ours, 3), "reference": round(reference, 3), "ratio": round(ours / reference, 3),
         "unit": unit, "target": target,
     }  # fmt: skip
 
 
-def _spawn(workers: int, work: Any) -> list[dict[str, float]]:
+# Processes.
+
+
+def _spawn(workers: int, work: Callable[[], dict[str, float]]) -> list[dict[str, float]]:
+    """`work()` in each of `workers` processes of one gloo group. RuntimeError when one of them fails or dies."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -66,34 +129,37 @@ def _spawn(workers: int, work: Any) -> list[dict[str, float]]:
     processes = [context.Process(target=_process, args=(rank, workers, port, work, results)) for rank in range(workers)]
     for process in processes:
         process.start()
-    found = [results.get(timeout=1200) for _ in processes]
+    found: list[dict[str, float]] = []
+    while len(found) < workers:
+        try:
+            found.append(results.get(timeout=5))
+        except queue.Empty:
+            dead = [process.exitcode for process in processes if process.exitcode]
+            if dead:
+                raise RuntimeError(f"a worker ended with exit code {dead[0]}; its output is above") from None
     for process in processes:
         process.join()
-    failed = [r["error"] for r in found if "error" in r]
-    if failed:
-        raise RuntimeError(failed[0])
     return found
 
 
-def _process(rank: int, workers: int, port: int, work: Any, results: Any) -> None:
+def _process(rank: int, workers: int, port: int, work: Callable[[], dict[str, float]], results: Any) -> None:
     os.environ.update(
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(workers), LOCAL_SIZE=str(workers), MASTER_ADDR="127.0.0.1",
         MASTER_PORT=str(port), DS_ACCELERATOR="cpu", OMP_NUM_THREADS="1",
     )  # fmt: skip
-    try:
-        import deepspeed
-        import torch
+    import deepspeed
+    import torch
 
-        from fluid_core.training.native import without_extensions
+    from fluid_core.training.native import without_extensions
 
-        torch.set_num_threads(1)
-        without_extensions()
-        deepspeed.init_distributed("gloo")
-        results.put(work())
-        torch.distributed.destroy_process_group()
-    except BaseException as error:
-        results.put({"error": repr(error)})
-        raise
+    torch.set_num_threads(1)
+    without_extensions()
+    deepspeed.init_distributed("gloo")
+    results.put(work())
+    torch.distributed.destroy_process_group()
+
+
+# What is measured in them.
 
 
 def _bf16() -> bool:
@@ -104,14 +170,17 @@ def _bf16() -> bool:
     return computes_bf16(torch.device("cpu"))
 
 
-def _recipe(optimizer: str) -> Any:
+def _recipe(optimizer: str, workers: int = 1) -> Any:
     from fluid_core.config import ModelConfig, TrainingConfig
 
     precision = "bf16" if _bf16() else "fp32"
     model = ModelConfig(
         preset="fluid-tiny", grid=4, text_width=128, max_text_tokens=32, objective="flow", head_precision=precision
     )
-    return model, TrainingConfig(batch_size=BATCH, zero_stage=3, optimizer=optimizer, learning_rate=1.5e-3, max_steps=10**6)
+    training = TrainingConfig(
+        batch_size=BATCH * workers, workers=workers, zero_stage=3, optimizer=optimizer, learning_rate=1.5e-3, max_steps=10**6
+    )
+    return model, training
 
 
 def _batch(model: Any, seed: int) -> tuple[Any, ...]:
@@ -126,19 +195,46 @@ def _batch(model: Any, seed: int) -> tuple[Any, ...]:
     return tokens, text, torch.ones(BATCH, 16, dtype=torch.bool), text[0], draws
 
 
-def _one_worker() -> dict[str, float]:
-    out: dict[str, float] = {}
-    for optimizer in ("adamw", "muon"):
-        ours, plain, engine = _alternate(optimizer)
-        out[f"zero_{optimizer}"], out[f"plain_{optimizer}"] = BATCH / ours, BATCH / plain
-    out["step_seconds"] = ours
-    out["checkpoint_stall"] = _checkpoint_stall(engine)
-    out["loader"] = _loader_rate()
-    return out
+def _engine_step(engine: Any, batch: tuple[Any, ...]) -> None:
+    out = engine.forward(*batch)
+    engine.backward(out.loss_sum / out.count)
+    engine.step()
 
 
-def _alternate(optimizer: str) -> tuple[float, float, Any]:
-    """Median CPU seconds of one step (ours, plain), and the engine."""
+class _PlainMuon:
+    """Muon on whole matrices in one process, stacked by shape: what `FluidOptimizer` does without partitions.
+
+    torch.optim.Muon works in bf16 alone, which many CPUs emulate at a tenth of their speed: it would measure that.
+    """
+
+    def __init__(self, matrices: list[Any], iterations: int, dtype: Any):
+        import torch
+
+        self.iterations, self.dtype = iterations, dtype
+        self.by_shape: dict[tuple[int, ...], list[tuple[Any, Any]]] = {}
+        for p in matrices:
+            self.by_shape.setdefault(tuple(p.shape), []).append((p, torch.zeros_like(p)))
+
+    def step(self) -> None:
+        import torch
+
+        from fluid_core.muon import muon_update
+
+        with torch.no_grad():
+            for members in self.by_shape.values():
+                for p, momentum in members:
+                    momentum.lerp_(p.grad, 0.05)
+                updates = torch.stack([p.grad.lerp(momentum, 0.95).to(self.dtype) for p, momentum in members])
+                for (p, _), update in zip(members, muon_update(updates, self.iterations), strict=True):
+                    p.mul_(1 - 3e-3 * 0.02).add_(update, alpha=-3e-3)
+                    p.grad = None
+
+    def zero_grad(self) -> None:
+        """Done by `step`."""
+
+
+def _alternate(optimizer: str) -> dict[str, float]:
+    """Median CPU seconds of one step: the engine's, and the plain loop's on the same batches."""
     import torch
 
     from fluid_core.model.fluid import FluidModel, hidden_matrices
@@ -149,20 +245,16 @@ def _alternate(optimizer: str) -> tuple[float, float, Any]:
     engine.set_learning_rate(1.0)
     torch.manual_seed(0)
     model = FluidModel(model_config)
-    matrices = {name for name, _ in hidden_matrices(model)} if optimizer == "muon" else set()
-    optimizers: list[Any] = [
-        torch.optim.AdamW([p for n, p in model.named_parameters() if n not in matrices], lr=1.5e-3, fused=True)
-    ]
-    if matrices:
-        hidden = [p for n, p in model.named_parameters() if n in matrices]
-        optimizers.append(torch.optim.Muon(hidden, lr=3e-3, adjust_lr_fn="match_rms_adamw"))
+    hidden = dict(hidden_matrices(model)) if optimizer == "muon" else {}
+    rest = [p for name, p in model.named_parameters() if name not in hidden]
+    optimizers: list[Any] = [torch.optim.AdamW(rest, lr=1.5e-3, fused=True)]
+    if hidden:
+        optimizers.append(_PlainMuon(list(hidden.values()), training.muon_iterations, engine.optimizer.dtype))
     times: tuple[list[float], list[float]] = ([], [])
     for step in range(WARM_UP + STEPS):
         batch = _batch(model_config, step)
         started = time.process_time()
-        out = engine.forward(*batch)
-        engine.backward(out.loss_sum / out.count)
-        engine.step()
+        _engine_step(engine, batch)
         middle = time.process_time()
         with torch.autocast("cpu", torch.bfloat16, enabled=_bf16()):
             out = model(*batch)
@@ -171,75 +263,127 @@ def _alternate(optimizer: str) -> tuple[float, float, Any]:
         for o in optimizers:
             o.step()
             o.zero_grad()
-        ended = time.process_time()
-        if step >= WARM_UP:
-            times[0].append(middle - started)
-            times[1].append(ended - middle)
-    return statistics.median(times[0]), statistics.median(times[1]), engine
+        times[0].append(middle - started)
+        times[1].append(time.process_time() - middle)
+    return {"ours": statistics.median(times[0][WARM_UP:]), "plain": statistics.median(times[1][WARM_UP:])}
 
 
 def _steps_only() -> dict[str, float]:
-    """CPU seconds of a step with Muon, the waiting for the other worker left out."""
+    """Median CPU seconds of a step with Muon: what a worker computes and copies, without its waiting for the other one."""
+    import torch
+
     from fluid_core.training.engine import Engine
 
-    model_config, training = _recipe("muon")
-    engine = Engine(model_config, training.model_copy(update={"batch_size": BATCH * 2}), seed=0)
+    model_config, training = _recipe("muon", torch.distributed.get_world_size())
+    engine = Engine(model_config, training, seed=0)
     engine.set_learning_rate(1.0)
     times = []
     for step in range(WARM_UP + STEPS):
         batch = _batch(model_config, step)
         started = time.process_time()
-        out = engine.forward(*batch)
-        engine.backward(out.loss_sum / out.count)
-        engine.step()
+        _engine_step(engine, batch)
         times.append(time.process_time() - started)
-    return {"rate": BATCH / statistics.median(times[WARM_UP:])}
+    return {"seconds": statistics.median(times[WARM_UP:])}
 
 
-def _checkpoint_stall(engine: Any) -> float:
+def _checkpoint_stall() -> dict[str, float]:
+    """Seconds that `save` keeps the training thread (the least of three), and those of a step."""
     from fluid_core.training.checkpoint import Checkpointer
     from fluid_core.training.ema import ShardedEMA
+    from fluid_core.training.engine import Engine
 
+    model_config, training = _recipe("adamw")
+    engine = Engine(model_config, training, seed=0)
+    engine.set_learning_rate(1.0)
+    stalls, steps = [], []
     with tempfile.TemporaryDirectory() as folder:
         checkpointer = Checkpointer(folder, engine.partitions, engine.optimizer, ShardedEMA(engine.partitions, 0.99), 2, None)
-        stalls = []
-        for step in range(3):
+        for step in range(WARM_UP + 3):
             started = time.monotonic()
-            checkpointer.save(step, {}, "bench")
-            stalls.append(time.monotonic() - started)
-            checkpointer.wait()
-    return min(stalls)
+            _engine_step(engine, _batch(model_config, step))
+            steps.append(time.monotonic() - started)
+            if step >= WARM_UP:
+                started = time.monotonic()
+                checkpointer.save(step, {}, "bench")
+                stalls.append(time.monotonic() - started)
+                checkpointer.wait()
+    return {"stall": min(stalls), "step": min(steps[WARM_UP:])}
 
 
-def _loader_rate() -> float:
-    """Images per second of the loader's CPU time: the data set is one file of the demo's shapes."""
+def _write_dataset(root: Path, rows: int = 2048) -> None:
+    """An encoded data set of the model's shapes in two files, with captions of 4 to 15 tokens."""
     import torch
 
-    from fluid_core.latents.manifest import Manifest
-    from fluid_core.latents.reader import Rows
-    from fluid_core.latents.writer import null_text
-    from fluid_core.training.loader import Collator
+    from fluid_core.latents.manifest import Manifest, Shard
+    from fluid_core.latents.writer import file_sha256, latents_writer, null_text, tensor_bytes, text_writer
 
-    model, _ = _recipe("adamw")
-    n = 1024
-    rows = Rows(
-        keys=[str(i) for i in range(n)], captions=[""] * n, metadata=[], moments=torch.randn(n, 8, 8, 8).bfloat16(), moments_flip=None,
-        codes=None, codes_flip=None, token_ids=[], text=[torch.randn(4 + i % 12, 128).bfloat16() for i in range(n)],
-    )  # fmt: skip
+    (root / "latents").mkdir()
+    (root / "text").mkdir()
+    shards = []
+    for name in ("a", "b"):
+        n = rows // 2
+        keys = [f"{name}{i}" for i in range(n)]
+        latents = latents_writer(root / "latents" / f"{name}.parquet", "kl", False, {})
+        latents.write_group(
+            {
+                "key": keys, "sha256": keys, "captions": [["a caption"]] * n, "width": [64] * n, "height": [64] * n,
+                "crop": [[0, 0, 64, 64]] * n, "latent_size": [[8, 8]] * n, "token_ids": [[b"\1\0"]] * n, "metadata": ["{}"] * n,
+                "moments": tensor_bytes(torch.randn(n, 8, 8, 8).bfloat16()),
+            }
+        )  # fmt: skip
+        latents.close()
+        texts = text_writer(root / "text" / f"{name}.parquet", {})
+        states = [torch.randn(4 + i % 12, 128).bfloat16().view(torch.int16).numpy().tobytes() for i in range(n)]
+        texts.write_group({"key": keys, "embeddings": [[s] for s in states]})
+        texts.close()
+        files = [root / folder / f"{name}.parquet" for folder in ("latents", "text")]
+        shards.append(
+            Shard(
+                id=name, uri=name, rows=n, row_groups=[n], bytes=files[0].stat().st_size, sha256=file_sha256(files[0]),
+                text_bytes=files[1].stat().st_size, text_sha256=file_sha256(files[1]),
+            )
+        )  # fmt: skip
     manifest = Manifest(
         kind="kl", image_size=64, latent_shape=[4, 8, 8], encoders={"image": {}, "text": {"width": 128}}, latent_mean=[0.0] * 4,
         latent_std=[1.0] * 4, text_mode="embeddings", text_dtype="bf16", token_dtype="uint16",
-        null_text=null_text([1], torch.zeros(1, 128)), counts={}, shards=[],
+        null_text=null_text([1], torch.zeros(1, 128)), counts={}, shards=shards,
     )  # fmt: skip
-    collate = Collator(manifest, model)
-    collate([(rows, i) for i in range(BATCH)], list(range(BATCH)), torch.arange(BATCH))
+    (root / "manifest.json").write_text(manifest.dumps())
+
+
+def _train_from_files(folder: str) -> dict[str, float]:
+    """Seconds that a step waits for its batch and takes (means), and images per CPU second of loader and trainer."""
+    from fluid_core.latents.reader import EncodedDataset
+    from fluid_core.training.engine import Engine
+    from fluid_core.training.loader import Loader, Slicing
+
+    model_config, training = _recipe("adamw")
+    loader = Loader([(EncodedDataset(folder), 1.0)], model_config, 0, Slicing(BATCH, 0, 1, None))
+    loader.batches(0)
     started = time.process_time()
-    for first in range(0, n, BATCH):
-        positions = list(range(first, first + BATCH))
-        collate([(rows, i) for i in positions], positions, torch.tensor(positions))
-    return n / (time.process_time() - started)
+    for start in range(BATCH, 17 * BATCH, BATCH):
+        loader.batches(start)
+    per_batch = (time.process_time() - started) / 16
+    engine = Engine(model_config, training, seed=0)
+    engine.set_learning_rate(1.0)
+    waits, steps, cpu = [], [], []
+    stream = loader.stream(0)
+    for _ in range(WARM_UP + STEPS):
+        started = time.monotonic()
+        (batch,) = next(stream)
+        ready, computed = time.monotonic(), time.thread_time()
+        _engine_step(engine, (batch.tokens, batch.text_BLE, batch.text_mask_BL, loader.collator.null_text_LE, batch.draws))
+        cpu.append(time.thread_time() - computed)
+        waits.append(ready - started)
+        steps.append(time.monotonic() - started)
+    stream.close()
+    return {
+        "wait": statistics.mean(waits[WARM_UP:]), "step": statistics.mean(steps[WARM_UP:]), "loader": BATCH / per_batch,
+        "trainer": BATCH / statistics.median(cpu[WARM_UP:]),
+    }  # fmt: skip
 
 
 if __name__ == "__main__":
-    for row in rows():
-        print(row)
+    from benchmarks.run import as_table
+
+    print(as_table([row for part in sys.argv[1:] or PARTS for row in PARTS[part]()]))

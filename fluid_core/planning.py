@@ -191,9 +191,10 @@ def text_encoder_bytes(recipe: Recipe, micro_batch: int) -> tuple[int, int]:
     layer = 4 * width * inner + matrices * width * feed + 2 * width
     parameters = vocabulary * width + layers * layer + 32 * heads + width
     tokens = min(T5_TOKENS_PER_BATCH, micro_batch * section.max_tokens)
-    # The larger of a feed-forward and of an attention with its scores, whose softmax is fp32.
-    attention = element * 4 * inner + heads * section.max_tokens * (element + 4)
-    working = tokens * (2 * element * width + max(element * matrices * feed, attention))
+    # Per token: the residual, and the larger of a feed-forward and of an attention with its scores, whose softmax is fp32.
+    feed_forward = element * (width + matrices * feed)
+    attention = element * 3 * inner + heads * section.max_tokens * (element + 8)
+    working = tokens * (element * width + max(feed_forward, attention))
     return parameters * element, working
 
 
@@ -204,7 +205,8 @@ def memory_per_gpu(
     parameters: Parameters | None = None,
     text_encoder: float = 0.0,
 ) -> dict[str, float]:
-    """Bytes on one GPU by kind: fp32 masters, gradients, optimizer, EMA, gathered weights, communication, activations.
+    """Bytes on one GPU by kind: parameters (whole, or pieces and what is gathered), gradients, optimizer with its fp32 masters, EMA,
+    activations, and what the exchange of gradients needs beyond them.
 
     What `offload_optimizer` moves to the host is under `host`.
 
@@ -216,31 +218,31 @@ def memory_per_gpu(
     stage = training.zero_stage
     micro = training.micro_batch(gpus)
     states = (8 * (p.total - p.muon) + 4 * p.muon) * (share if stage else 1)
-    masters = 4 * p.total * (share if stage == 3 else 1)
-    # Stages 1 and 2 keep fp32 partitions beside the whole fp32 parameters.
-    copies = 4 * p.total * share if stage in (1, 2) else 0
+    # ZeRO keeps fp32 masters beside the fp32 parameters that the model computes with.
+    masters = 4 * p.total * share if stage else 0.0
     gradients = 4 * p.total * (1 if stage < 2 else share)
     ema = 4 * p.total * (share if stage else 1)
     largest = 16 * model.width**2 + 20 * model.width
     gathered = 0.0 if stage < 3 else 4.0 * (p.total if p.total < PERSISTENT_MODEL else min(p.total, PREFETCH + 2 * largest))
-    bucket = 0 if stage == 0 else 4 * min(p.total, BUCKET)
-    # DeepSpeed flattens a sub-group's gradients into a second buffer while it is updated.
-    transient = 4 * min(p.total * share, SUB_GROUP) if stage == 3 else 0
+    activations = float(activation_bytes(model, training, micro))
+    # Gradients are exchanged a bucket at a time, from a flat copy. By then that share of the backward pass is done, and of the
+    # activations gone.
+    bucket = min(p.total, BUCKET)
+    exchange = 4.0 * bucket * (1 if stage < 2 else 2)
     out = {
-        "parameters": masters + gathered,
-        "gradients": gradients + transient,
-        "optimizer": states + copies,
+        "parameters": 4 * p.total * (share if stage == 3 else 1) + gathered,
+        "gradients": gradients,
+        "optimizer": states + masters,
         "ema": ema,
-        "communication": 2.0 * bucket,
-        "activations": float(activation_bytes(model, training, micro)),
+        "communication": max(0.0, exchange - activations * bucket / p.total),
+        "activations": activations,
     }
     if text_encoder:
         out["text_encoder"] = text_encoder
     if training.offload_optimizer:
         # Optimizer states, their masters, gradients in fp32, and the EMA that follows them.
-        out["host"] = states + ema + 8 * p.total * share
+        out["host"] = states + masters + ema + 4 * p.total * share
         out["optimizer"], out["ema"] = 0.0, 0.0
-        out["gradients"] = gradients
     return out
 
 

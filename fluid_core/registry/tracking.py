@@ -124,6 +124,7 @@ class Tracker:
         self._queue: queue.Queue[Event] = queue.Queue()
         self._run: _Run | None = None
         self._connected = threading.Event()
+        self._in_flight: Event | None = None
         self._closed = False
         self.dropped = 0
         self._thread = threading.Thread(target=self._work, name="mlflow-tracker", daemon=True)
@@ -167,7 +168,9 @@ class Tracker:
         self._queue.put({"kind": "end", "status": status, "time": _now()})
         self._queue.put(_STOP)
         self._thread.join(timeout)
-        if self._thread.is_alive() or self._spool.count:
+        if self._thread.is_alive():
+            self._set_aside()
+        if self._spool.count:
             logger.warning("MLflow at %s cannot be reached; what was logged waits in %s", self._header["uri"], self._spool_root)
 
     def __enter__(self) -> "Tracker":
@@ -183,6 +186,16 @@ class Tracker:
             return
         self._queue.put(event)
 
+    def _set_aside(self) -> None:
+        """MLflow is too slow: what was not sent goes to the spool. The event in flight may be sent twice, which changes nothing."""
+        waiting = [self._in_flight] if self._in_flight else []
+        while not self._queue.empty():
+            waiting.append(self._queue.get_nowait())
+        for event in waiting:
+            if event is not _STOP:
+                self._spool.append(self._header, event)
+        self._queue.put(_STOP)
+
     # The background thread.
 
     def _work(self) -> None:
@@ -197,6 +210,7 @@ class Tracker:
                 event = self._queue.get(timeout=self._retry_seconds if self._run is None else None)
             except queue.Empty:
                 continue
+            self._in_flight = event
             if event is _STOP:
                 stopping = True
                 if self._run is not None:
@@ -204,6 +218,7 @@ class Tracker:
             elif self._run is None or not self._deliver(self._run, event):
                 self._run = None
                 self._spool.append(self._header, event)
+            self._in_flight = None
         self._spool.release()
 
     def _connect(self) -> None:
@@ -227,7 +242,13 @@ class Tracker:
                 left.release()
 
     def _deliver(self, run: _Run, event: Event) -> bool:
-        """True when the event is done with: sent, or refused by MLflow for what it says. False: MLflow is away."""
+        """True when the event is done with: sent, or refused by MLflow for what it says. False: MLflow is away, or takes nothing.
+
+        Metrics are let go only when MLflow calls them invalid. Anything else is, when MLflow answers otherwise: an artifact store
+        that is full must not keep metrics back.
+        """
+        from mlflow.exceptions import MlflowException
+
         for attempt in range(_ATTEMPTS):
             try:
                 run.apply(event)
@@ -235,11 +256,15 @@ class Tracker:
             except Exception as error:
                 reason = error
                 time.sleep(0.1 * 2**attempt)
-        try:
-            run.client.get_run(run.run_id)
-        except Exception:
-            return False
-        # MLflow answers, so this event is at fault: kept, it would block everything after it.
+        if event["kind"] == "metrics":
+            if not isinstance(reason, MlflowException) or reason.error_code != "INVALID_PARAMETER_VALUE":
+                return False
+        else:
+            try:
+                run.client.get_run(run.run_id)
+            except Exception:
+                return False
+        # Kept, this event would block everything after it.
         self.dropped += 1
         logger.warning("MLflow refused %s: %s", event["kind"], reason)
         return True

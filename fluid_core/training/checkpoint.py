@@ -225,11 +225,14 @@ class Checkpointer:
         marker.write_text(file_sha256(folder / STATE) + "\n")
         _fsync(marker)
         _fsync(folder)
-        final = self.root / f"step_{step:08d}"
-        if final.exists():
-            _remove(final)
+        final, replaced = self.root / f"step_{step:08d}", self.root / f".step_{step:08d}.replaced"
+        if final.exists():  # an earlier start came this far: that one was passed over as damaged, or rolled back behind
+            if Checkpoint(final, step).pinned:
+                (folder / PINNED).touch()
+            os.replace(final, replaced)
         os.replace(folder, final)
         _fsync(self.root)
+        shutil.rmtree(replaced, ignore_errors=True)
         self._retain()
         if self.uploader:
             self.uploader.notify()

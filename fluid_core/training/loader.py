@@ -302,7 +302,8 @@ def check_datasets(
     """Refuse data that does not belong to the recipe, naming the difference.
 
     Args:
-        identities: of the recipe's encoders, {"image": {...}, "text": {...}}; only `sha256` is compared, where both have one.
+        identities: of the recipe's encoders, {"image": {...}, "text": {...}}: `sha256` is compared where both have one, else
+            `path` (and `revision`) of a recipe that names a hub id.
     """
     first = datasets[0][0]
     for data, _ in datasets:
@@ -333,6 +334,13 @@ def check_datasets(
                 raise ValueError(
                     f"{where}: encoded with another {name} encoder (sha256 {theirs[:12]}, the recipe's is {ours[:12]}): encode again"
                 )
+            for key in ("path", "revision"):
+                theirs, ours = m.encoders.get(name, {}).get(key), identities.get(name, {}).get(key)
+                if theirs and ours and theirs != ours:
+                    raise ValueError(
+                        f"{where}: encoded with another {name} encoder ({key} {theirs}, the recipe's is {ours}): encode again, or "
+                        "name the one that it was encoded with"
+                    )
         if len(m.latent_std) != len(first.manifest.latent_std) or any(
             abs(a - b) > 0.25 * b for a, b in zip(m.latent_std, first.manifest.latent_std, strict=True)
         ):

@@ -31,6 +31,7 @@ from fluid_core.training.health import MAX_ROLLBACKS, HealthPolicy, Watchdog
 from fluid_core.training.loader import Batch, Collator, Loader, Slicing
 from fluid_core.training.metrics import BinnedLoss, MetricsFile
 from fluid_core.training.notices import say
+from fluid_core.training.preemption import Preemption
 from fluid_core.training.ray_data import NAME as RAY_DATASET
 from fluid_core.training.ray_data import RayDataLoader
 from fluid_core.training.remote import RemoteCheckpoints, Uploader
@@ -89,8 +90,10 @@ class TrainingLoop:
         self.bins = BinnedLoss()
         self.tracker: Tracker | None = None
         self.metrics: MetricsFile | None = None
+        self.validations: MetricsFile | None = None
         self.sampler: Sampler | None = None
         self.watchdog = Watchdog(self.training.watchdog_seconds, self.run_dir, self.rank)
+        self.preemption = Preemption()
         self.engine.optimizer.veto = self._vetoed
 
     def _loader(self) -> Loader | RayDataLoader:
@@ -118,7 +121,7 @@ class TrainingLoop:
         if self.settings.resume:
             self._resume()
         if self.rank == 0:
-            self.metrics = MetricsFile(self.run_dir / "metrics.jsonl", self.step)
+            self._open_files()
             self.tracker = Tracker(
                 self.settings.tracking_uri,
                 self.recipe.registry.experiment,
@@ -133,8 +136,7 @@ class TrainingLoop:
             status = "KILLED" if stopped else "FINISHED"
         finally:
             self.watchdog.close()
-            if self.metrics:
-                self.metrics.close()
+            self._close_files()
             if self.tracker:
                 self.tracker.close(status)  # type: ignore[arg-type]
         # The watchdog is closed: nothing but the copy of the last checkpoint is waited for here.
@@ -144,16 +146,26 @@ class TrainingLoop:
     def _say(self, text: str) -> None:
         say(self.run_dir, text)
 
+    def _open_files(self) -> None:
+        self.metrics = MetricsFile(self.run_dir / "metrics.jsonl", self.step)
+        self.validations = MetricsFile(self.run_dir / "validation.jsonl", self.step)
+
+    def _close_files(self) -> None:
+        for file in (self.metrics, self.validations):
+            if file:
+                file.close()
+
     def _resume(self) -> None:
-        root = self.checkpointer.root
-        found: list[Any] = [None]
-        if self.rank == 0:
-            # Checksums are read by one worker; the others get its choice, so that all load the same checkpoint.
-            checkpoint = latest_complete(root, verify=True, report=self._say)
-            found = [checkpoint]
+        found = self._newest()
+        if found is not None:
+            self._load(found)
+            self._saved = True
+
+    def _newest(self) -> Any:
+        """The newest checkpoint to be trusted, or None. Rank 0 reads its checksums and tells the others, so that all load the same."""
+        found = [latest_complete(self.checkpointer.root, verify=True, report=self._say) if self.rank == 0 else None]
         dist.broadcast_object_list(found, src=0)
-        if found[0] is not None:
-            self._load(found[0])
+        return found[0]
 
     def _load(self, checkpoint: Any) -> None:
         state = self.checkpointer.load(checkpoint)
@@ -177,9 +189,13 @@ class TrainingLoop:
             clock.start()
             batches = [batch.to(self.engine.device) for batch in next(stream)]
             clock.lap("data")
-            count, stopped, keys = self._agree(batches)
+            count, stopped, ask, keys = self._agree(batches)
             if stopped:
                 break
+            if ask and self.preemption.announced() and not self._saved and not self.health.strikes:
+                if self.rank == 0:
+                    self._say(f"a node is about to be taken away: checkpoint of step {self.step}; training goes on until then")
+                self._save()
             rollback = self._step(batches, count, keys, clock)
             if rollback:
                 stream.close()
@@ -194,18 +210,22 @@ class TrainingLoop:
         dist.barrier()
         return stopped
 
-    def _agree(self, batches: list[Batch]) -> tuple[int, bool, str]:
-        """One all-reduce: masked tokens of the global batch, whether to stop, and the hash of its samples' keys in order."""
-        header = torch.zeros(2 + self.training.batch_size, dtype=torch.int64)
+    def _agree(self, batches: list[Batch]) -> tuple[int, bool, bool, str]:
+        """One all-reduce: masked tokens of the global batch, whether to stop, whether to ask for notices of preemption, and
+        the hash of the batch's keys in order."""
+        header = torch.zeros(3 + self.training.batch_size, dtype=torch.int64)
         header[0] = sum(batch.draws.masked_count() for batch in batches)
-        header[1] = int(self.rank == 0 and (self.run_dir / STOP_FILE).exists())
+        if self.rank == 0:
+            header[1] = int((self.run_dir / STOP_FILE).exists())
+            header[2] = int(self.preemption.due())
         for batch in batches:
             places = torch.tensor(batch.positions) % self.training.batch_size
-            header[2 + places] = batch.key_hashes
+            header[3 + places] = batch.key_hashes
         header = header.to(self.engine.device)
         dist.all_reduce(header)
         header = header.cpu()
-        return int(header[0]), bool(header[1]), hashlib.sha256(header[2:].numpy().tobytes()).hexdigest()
+        keys = hashlib.sha256(header[3:].numpy().tobytes()).hexdigest()
+        return int(header[0]), bool(header[1]), bool(header[2]), keys
 
     def _step(self, batches: list[Batch], count: int, keys: str, clock: "_Clock") -> bool:
         engine = self.engine
@@ -257,7 +277,7 @@ class TrainingLoop:
         """The last good checkpoint's weights, with the samples since then skipped."""
         self.checkpointer.wait()
         dist.barrier()
-        found = latest_complete(self.checkpointer.root)
+        found = self._newest()
         if found is None:
             raise ValueError(
                 f"{self.training.max_strikes} bad steps in a row before the first checkpoint (see strikes.jsonl): "
@@ -275,9 +295,8 @@ class TrainingLoop:
         self.position = position
         self.health.strikes = 0
         if self.rank == 0:
-            assert self.metrics is not None
-            self.metrics.close()
-            self.metrics = MetricsFile(self.run_dir / "metrics.jsonl", self.step)
+            self._close_files()
+            self._open_files()
             self._say(f"rolled back to step {self.step}; training goes on with sample {self.position}")
 
     # What is written.
@@ -288,7 +307,7 @@ class TrainingLoop:
         seconds = clock.total
         line: dict[str, Any] = {
             "step": self.step,
-            "loss": self.loss if self.loss == self.loss else None,
+            "loss": self.loss,
             "grad_norm": norm,
             "samples": self.position,
             "keys_sha256": keys,
@@ -351,9 +370,9 @@ class TrainingLoop:
             self._final = {"validation_loss": self.validation.loss(self.engine, self.null_text)}
             with self.ema.applied():
                 self._final["validation_loss_ema"] = self.validation.loss(self.engine, self.null_text)
-            if self.tracker and self.metrics:
+            if self.tracker and self.validations:
                 self.tracker.log_metrics(self._final, step=self.step)
-            self._log_validation()
+                self.validations.write({"step": self.step, **self._final})
         if self.sampler and (self.step % training.sample_every == 0 or last):
             for name, image in self.sampler.grids():
                 if self.tracker:
@@ -365,11 +384,6 @@ class TrainingLoop:
             self._save()
         self.checkpointer.check()
         self.watchdog.beat()
-
-    def _log_validation(self) -> None:
-        if self.rank == 0:
-            with open(self.run_dir / "validation.jsonl", "a") as file:
-                file.write(json.dumps({"step": self.step, **self._final}) + "\n")
 
     _saved = False
     _rollbacks = 0

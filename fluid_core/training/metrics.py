@@ -1,6 +1,7 @@
 """What a step leaves behind: one line in metrics.jsonl, and binned losses that tell where the loss comes from."""
 
 import json
+import math
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -34,7 +35,9 @@ class MetricsFile:
         self._file = open(path, "a", buffering=1)  # noqa: SIM115 - a line at a time, for the life of the run
 
     def write(self, values: dict[str, Any]) -> None:
-        self._file.write(json.dumps(values) + "\n")
+        """One line; numbers that are not finite become null, since JSON has none."""
+        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+        self._file.write(json.dumps(finite, allow_nan=False) + "\n")
 
     def close(self) -> None:
         self._file.close()

@@ -30,7 +30,7 @@ FINISH_SECONDS = 1800.0
 """How long the end of a run waits for its last copies."""
 
 WRITER = "_WRITER"
-LEASE_SECONDS, SETTLE_SECONDS = 120.0, 2.0
+LEASE_SECONDS, RENEW_SECONDS, SETTLE_SECONDS = 120.0, 20.0, 2.0
 
 Report = Callable[[str], None]
 
@@ -197,7 +197,7 @@ class WriterLease:
             self._report(f"{self._uri}/{WRITER} could not be removed: {error}")
 
     def _renew(self) -> None:
-        while not self._over.wait(LEASE_SECONDS / 6):
+        while not self._over.wait(RENEW_SECONDS):
             try:
                 if not self._is_mine():
                     self._report(f"{self._told(self._holder())}; this one was cut off from S3 for too long")

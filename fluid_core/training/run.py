@@ -21,7 +21,7 @@ from fluid_core.data.storage import absolute
 from fluid_core.entry import KEEP_FREED_MEMORY, ray_session
 from fluid_core.latents.reader import EncodedDataset
 from fluid_core.registry.tracking import Tracker
-from fluid_core.training.checkpoint import list_checkpoints
+from fluid_core.training.checkpoint import PINNED, list_checkpoints
 from fluid_core.training.loader import Slicing, check_datasets
 from fluid_core.training.loop import STOP_FILE, RunSettings
 from fluid_core.training.metrics import read_metrics
@@ -97,17 +97,20 @@ def check_inputs(recipe: Recipe) -> None:
     datasets = [(EncodedDataset(item.path, item.source), item.weight) for item in recipe.mixture]
     validation = recipe.encode.validation_output
     checked = datasets + ([(EncodedDataset(validation), 1.0)] if validation else [])
-    check_datasets(checked, recipe.model, encoder_hashes(recipe))
+    check_datasets(checked, recipe.model, encoder_identities(recipe))
 
 
-def encoder_hashes(recipe: Recipe) -> dict[str, dict[str, Any]]:
-    """Identities of the recipe's encoders where they are local folders: {"image": {...}, "text": {...}}."""
+def encoder_identities(recipe: Recipe) -> dict[str, dict[str, Any]]:
+    """{"image": {...}, "text": {...}} of the recipe's encoders: the weights' `sha256` of a local folder, else the hub id (`path`,
+    `revision`)."""
     from fluid_core.encoders.source import weights_sha256
 
     found: dict[str, dict[str, Any]] = {}
     for name, section in (("image", recipe.image_tokenizer), ("text", recipe.text_encoder)):
         if Path(section.path).is_dir():
             found[name] = {"sha256": weights_sha256(Path(section.path))}
+        elif not section.path.startswith(("/", ".")):
+            found[name] = {"path": section.path, "revision": section.revision}
     return found
 
 
@@ -118,6 +121,13 @@ def _claim(
     path = run_dir / "run.json"
     record = json.loads(path.read_text()) if path.is_file() else None
     if fresh:
+        pinned = {c.step for c in list_checkpoints(root) if c.pinned}
+        pinned |= {c.step for c in remote.list() if c.pinned} if remote else set()
+        if pinned:
+            raise ValueError(
+                f"{run_dir} has pinned checkpoints (step {', '.join(map(str, sorted(pinned)))}), which --force would delete: choose "
+                f"a new training.run_name, or remove {PINNED} from their folders"
+            )
         shutil.rmtree(root, ignore_errors=True)
         if remote:
             for checkpoint in remote.list():

@@ -4,10 +4,12 @@ import hashlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -61,7 +63,7 @@ loop = Poisoned
 
 
 def test_a_run_that_only_rolls_back_ends(tmp_path: Path) -> None:
-    recipe = small_recipe(tmp_path, workers=1, max_strikes=1)
+    recipe = small_recipe(tmp_path, workers=1, zero_stage=0, max_strikes=1)
     out = run_workers(recipe, _NAN_FROM_SAMPLE_36_ON, ok=False)
     assert out.count("rolled back to step 2;") == 3
     assert "back to step 2 3 times, and bad again by step 3" in out and "training.spike_factor" in out
@@ -185,8 +187,8 @@ def _workers(run_dir: Path, data: Path) -> tuple[int, int] | None:
 @pytest.mark.timeout(1500)
 def test_a_run_survives_its_workers_its_driver_and_a_stop(ray_session: str, repository: Path, tmp_path: Path) -> None:
     config = write_recipe(
-        tmp_path, max_steps=3000, checkpoint_every=10, log_every=10, validate_every=3000, keep_last=2, max_failures=6,
-        watchdog_seconds=15,
+        tmp_path, max_steps=3000, checkpoint_every=10, log_every=10, validate_every=3000, keep_last=2, max_failures=12,
+        watchdog_seconds=30,
     )  # fmt: skip
     run_dir = tmp_path / "runs" / "small"
     metrics, root = run_dir / "metrics.jsonl", run_dir / "checkpoints"
@@ -212,7 +214,7 @@ def test_a_run_survives_its_workers_its_driver_and_a_stop(ray_session: str, repo
     # A worker that stands still: the other one waits for it, its watchdog says so and ends it.
     strike(1, signal.SIGSTOP)
     deadline = time.monotonic() + 300
-    while "watchdog: worker 0 made no step for 15 s" not in driver.log.read_text():
+    while "watchdog: worker 0 made no step for 30 s" not in driver.log.read_text():
         assert time.monotonic() < deadline, driver.log.read_text()[-4000:]
         time.sleep(0.2)
     assert "loop.py" in (run_dir / "hang_rank_0.txt").read_text()
@@ -245,3 +247,51 @@ def test_a_run_survives_its_workers_its_driver_and_a_stop(ray_session: str, repo
     assert [line["step"] for line in read_metrics(metrics)] == list(range(1, steps + 1))
     status, out = _Driver(repository, config, "--set", f"training.max_steps={steps}", "--resume").end()
     assert status == 0 and "already complete" in out, out
+
+
+@pytest.fixture
+def own_ray() -> Iterator[str]:
+    """The address of a Ray that a test may damage."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    # Unix socket paths are limited to 107 bytes, so not under pytest's own (long) temp folder.
+    with tempfile.TemporaryDirectory(prefix="fluid-test-", ignore_cleanup_errors=True) as scratch:
+        command = [*_RAY, "start", "--head", "--block", "--node-ip-address=127.0.0.1", f"--port={address.split(':')[1]}"]
+        command += [f"--temp-dir={scratch}", "--num-cpus=3", "--include-dashboard=false", "--object-store-memory=200000000"]
+        head = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        yield address
+        head.terminate()
+        head.wait()
+
+
+_RAY = [sys.executable, "-W", "ignore", "-m", "ray.scripts.scripts"]
+_NODE = "import ray; ray.init(log_to_driver=False); print(ray.nodes()[0]['NodeID'])"
+
+
+@pytest.mark.timeout(900)
+def test_a_notice_of_preemption_saves_at_once(
+    own_ray: str, repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The node is drained as a cloud drains a spot instance; long before the next checkpoint is due there is one."""
+    monkeypatch.setenv("RAY_ADDRESS", own_ray)
+    config = write_recipe(tmp_path, max_steps=100_000, checkpoint_every=100_000, validate_every=100_000)
+    run_dir = tmp_path / "runs" / "small"
+    deadline = time.monotonic() + 300
+    while (found := subprocess.run([sys.executable, "-c", _NODE], capture_output=True, text=True, check=False)).returncode:
+        assert time.monotonic() < deadline, found.stderr
+    node = found.stdout.split()[-1]
+    driver = _Driver(repository, config)
+    driver.wait_for_step(run_dir / "metrics.jsonl", 3)
+    drain = ["drain-node", "--address", own_ray, "--node-id", node, "--reason", "DRAIN_NODE_REASON_PREEMPTION"]
+    drain += ["--reason-message", "the spot instance is wanted back", "--deadline-remaining-seconds", "3600"]
+    subprocess.run([*_RAY, *drain], check=True, capture_output=True)
+    deadline = time.monotonic() + 300
+    while (saved := latest_complete(run_dir / "checkpoints", verify=True)) is None:
+        assert time.monotonic() < deadline and driver.process.poll() is None, driver.log.read_text()[-4000:]
+        time.sleep(0.2)
+    assert f"a node is about to be taken away: checkpoint of step {saved.step}" in (run_dir / "notices.txt").read_text()
+    driver.wait_for_step(run_dir / "metrics.jsonl", saved.step + 2)
+    assert [c.step for c in list_checkpoints(run_dir / "checkpoints")] == [saved.step], "one for one notice"
+    driver.process.send_signal(signal.SIGTERM)
+    assert driver.end()[0] == 143

@@ -27,18 +27,20 @@ remote.FIRST_PAUSE_SECONDS = 0.2
 
 def test_s3_is_down_while_a_run_trains_to_its_end(proxy: FaultyProxy, tmp_path: Path) -> None:
     uri = f"s3://{BUCKET}/down"
-    recipe = small_recipe(tmp_path, workers=1, keep_last=2, checkpoint_path=uri)
+    recipe = small_recipe(tmp_path, workers=1, zero_stage=1, keep_last=2, checkpoint_path=uri)
     proxy.fault = lambda method, path: "503"
     (worker,) = start_workers(recipe, _SHORT_PAUSES)
-    deadline = time.monotonic() + 200
+    deadline = time.monotonic() + 400
     while len(read_metrics(recipe.training_dir / "metrics.jsonl")) < 6 and worker.poll() is None:
         assert time.monotonic() < deadline
         time.sleep(0.1)
-    # All steps are done and S3 has not answered once. It does from now on.
-    time.sleep(1)
-    assert worker.poll() is None and len(proxy.seen) > 6
+    # All steps are done and S3 has not answered once: the end of the run waits. It does answer from now on.
+    while len(proxy.seen) <= 6 and worker.poll() is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    assert worker.poll() is None
     proxy.fault = lambda method, path: None
-    out = worker.communicate(timeout=200)[0]
+    out = worker.communicate(timeout=400)[0]
     assert worker.returncode == 0, out
     assert "checkpoints could not be copied" in out and "again after" in out
     notices = (recipe.training_dir / "notices.txt").read_text()

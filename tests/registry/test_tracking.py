@@ -1,6 +1,7 @@
 """The tracker against a real MLflow on SQLite, present and away."""
 
 import json
+import sqlite3
 import time
 from pathlib import Path
 
@@ -16,12 +17,21 @@ def uri(tmp_path: Path) -> str:
     return f"sqlite:///{tmp_path}/runs/mlflow.db"
 
 
+def _run_id(tracker: Tracker) -> str:
+    """The run's id, however long MLflow takes to start on a busy machine."""
+    deadline = time.monotonic() + 300
+    while tracker.run_id is None:
+        assert time.monotonic() < deadline
+    return tracker.run_id
+
+
 def test_everything_logged_is_in_mlflow(uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd) -> None:
     note = tmp_path / "note.txt"
     note.write_text("hello")
     with Tracker(uri, "unit", "parent") as parent:
-        monkeypatch.setenv("FLUID_PARENT_RUN_ID", parent.run_id or "")
+        monkeypatch.setenv("FLUID_PARENT_RUN_ID", _run_id(parent))
         with Tracker(uri, "unit", "child", tags={"git": "abc"}) as child:
+            run_id = _run_id(child)
             child.log_params({"model": {"width": 8}, "seed": 1})
             child.log_params({"seed": 2})  # a resumed run with another value: the first stays, nothing raises
             for step in range(50):
@@ -30,7 +40,7 @@ def test_everything_logged_is_in_mlflow(uri: str, tmp_path: Path, monkeypatch: p
             child.log_artifact(note)
             child.log_dataset("train", "f" * 64, "runs/encoded")
     client = mlflow_client(uri)
-    run = client.get_run(child.run_id or "")
+    run = client.get_run(run_id)
     assert run.info.status == "FINISHED" and run.data.tags["git"] == "abc"
     assert run.data.tags["mlflow.parentRunId"] == parent.run_id
     assert run.data.params == {"model.width": "8", "seed": "1"}
@@ -50,15 +60,17 @@ def test_mlflow_away_then_back(uri: str, tmp_path: Path) -> None:
     tracker = Tracker(uri, "unit", "run", spool_dir=spool, retry_seconds=0.2)
     tracker.log_metrics({"loss": 1.0}, 1)
     tracker.log_image(np.full((4, 4, 3), 7, np.uint8), "grid", 1)
+    deadline = time.monotonic() + 120
     while not list(spool.glob("*/*.png")):
+        assert time.monotonic() < deadline
         time.sleep(0.05)
     blocker.unlink()
     tracker.log_metrics({"loss": 2.0}, 2)
-    run_id = tracker.run_id
+    run_id = _run_id(tracker)
     tracker.close()
     client = mlflow_client(uri)
-    assert [m.value for m in client.get_metric_history(run_id or "", "loss")] == [1.0, 2.0]
-    assert len(client.list_artifacts(run_id or "", "images")) >= 1
+    assert [m.value for m in client.get_metric_history(run_id, "loss")] == [1.0, 2.0]
+    assert len(client.list_artifacts(run_id, "images")) >= 1
     assert not list(spool.iterdir())
 
 
@@ -69,10 +81,11 @@ def test_the_next_tracker_sends_what_one_left_behind(uri: str, tmp_path: Path) -
     lost = Tracker(uri, "unit", "lost", spool_dir=spool, retry_seconds=0.2)
     lost.log_metrics({"loss": 3.0}, 1)
     lost.close("FAILED", timeout=20)
+    lost._thread.join(300)
     assert list(spool.glob("*/events.jsonl"))
     blocker.unlink()
     with Tracker(uri, "unit", "next", spool_dir=spool) as tracker:
-        assert tracker.run_id
+        _run_id(tracker)
     client = mlflow_client(uri)
     runs = client.search_runs([client.get_experiment_by_name("unit").experiment_id])
     found = {r.info.run_name: r for r in runs}
@@ -82,11 +95,51 @@ def test_the_next_tracker_sends_what_one_left_behind(uri: str, tmp_path: Path) -
 
 def test_a_refused_event_does_not_block_the_rest(uri: str, tmp_path: Path) -> None:
     with Tracker(uri, "unit", "run") as tracker:
+        _run_id(tracker)
         tracker.log_artifact(tmp_path / "absent.txt")
         tracker.log_metrics({"bad#name": 1.0}, 1)
         tracker.log_metrics({"loss": 4.0}, 1)
     assert tracker.dropped == 2
     assert mlflow_client(uri).get_run(tracker.run_id or "").data.metrics == {"loss": 4.0}
+
+
+def test_metrics_are_kept_while_the_store_takes_none(uri: str, tmp_path: Path) -> None:
+    """It answers every question and refuses every metric: they wait, and come in order when it takes them again."""
+    spool = tmp_path / "spool"
+    tracker = Tracker(uri, "unit", "run", spool_dir=spool, retry_seconds=0.2)
+    run_id = _run_id(tracker)
+    with sqlite3.connect(uri.removeprefix("sqlite:///")) as database:
+        database.execute("ALTER TABLE metrics RENAME TO away")
+    tracker.log_metrics({"loss": 1.0}, 1)
+    deadline = time.monotonic() + 120
+    while not list(spool.glob("*/events.jsonl")):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    tracker.log_metrics({"loss": 2.0}, 2)
+    with sqlite3.connect(uri.removeprefix("sqlite:///")) as database:
+        database.execute("ALTER TABLE away RENAME TO metrics")
+    tracker.close()
+    assert tracker.dropped == 0 and not list(spool.iterdir())
+    assert [m.value for m in mlflow_client(uri).get_metric_history(run_id, "loss")] == [1.0, 2.0]
+
+
+def test_what_a_slow_store_did_not_take_by_the_end_is_sent_by_the_next(uri: str, tmp_path: Path) -> None:
+    spool = tmp_path / "spool"
+    slow = Tracker(uri, "unit", "slow", spool_dir=spool)
+    run_id = _run_id(slow)
+    database = sqlite3.connect(uri.removeprefix("sqlite:///"), isolation_level=None)
+    database.execute("BEGIN IMMEDIATE")  # every write waits now
+    for step in range(3):
+        slow.log_metrics({"loss": float(step)}, step)
+    slow.close(timeout=0.5)
+    assert len((next(spool.glob("*/events.jsonl"))).read_text().splitlines()) == 4, "three metrics and the end"
+    database.execute("ROLLBACK")
+    slow._thread.join(120)  # in a process that ends it would not come to this
+    with Tracker(uri, "unit", "next", spool_dir=spool) as tracker:
+        _run_id(tracker)
+    client = mlflow_client(uri)
+    assert {(m.step, m.value) for m in client.get_metric_history(run_id, "loss")} == {(0, 0.0), (1, 1.0), (2, 2.0)}
+    assert client.get_run(run_id).info.status == "FINISHED" and not list(spool.iterdir())
 
 
 def test_addresses() -> None:

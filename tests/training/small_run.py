@@ -1,5 +1,6 @@
 """A small encoded data set made by code, a recipe for it, and runs in plain gloo processes (Ray adds nothing to most tests)."""
 
+import hashlib
 import json
 import os
 import socket
@@ -11,11 +12,14 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
+from safetensors.torch import save_file
 
 from fluid_core.config import Recipe, load_recipe
 from fluid_core.encoders.text import TextEncoder
 from fluid_core.latents.manifest import Manifest, Shard
 from fluid_core.latents.writer import file_sha256, latents_writer, null_text, tensor_bytes, text_writer
+from fluid_core.training.checkpoint import Checkpoint
+from fluid_core.workflow.stage import write_json_atomic
 
 WIDTH = 16
 
@@ -119,6 +123,20 @@ def write_recipe(folder: Path, data: dict[str, Any] | None = None, **training: A
 
 def small_recipe(folder: Path, data: dict[str, Any] | None = None, **training: Any) -> Recipe:
     return load_recipe(write_recipe(folder, data, **training))
+
+
+def write_checkpoint(root: Path, step: int) -> Checkpoint:
+    """A complete checkpoint of two shards whose values are its step."""
+    folder = root / f"step_{step:08d}"
+    folder.mkdir(parents=True)
+    files = {}
+    for rank in (0, 1):
+        shard = folder / f"rank_{rank:05d}.safetensors"
+        save_file({"master/w": torch.full((1000,), float(step + rank))}, shard, metadata={"starts": '{"master/w": 0}'})
+        files[shard.name] = {"bytes": shard.stat().st_size, "sha256": file_sha256(shard)}
+    write_json_atomic(folder / "state.json", {"step": step, "world_size": 2, "files": files})
+    (folder / "_COMPLETE").write_text(hashlib.sha256((folder / "state.json").read_bytes()).hexdigest() + "\n")
+    return Checkpoint(folder, step)
 
 
 _WORKER = """

@@ -19,7 +19,7 @@ from fluid_core.config import Recipe
 from fluid_core.latents.reader import EncodedDataset
 from fluid_core.model.fluid import FluidModel, hidden_matrices
 from fluid_core.muon import orthogonalise
-from fluid_core.training.checkpoint import latest_complete, list_checkpoints, load_ema_state
+from fluid_core.training.checkpoint import latest_complete, list_checkpoints, load_ema_state, pin
 from fluid_core.training.ema import ema_decay
 from fluid_core.training.loader import Loader, Slicing
 from fluid_core.training.metrics import read_metrics
@@ -103,11 +103,14 @@ def test_resume_is_exact_to_the_bit(reference: Recipe, tmp_path: Path) -> None:
     recipe = _continue_from(reference, tmp_path, step=4)
     shard = recipe.training_dir / "checkpoints" / "step_00000004" / "rank_00001.safetensors"
     shard.write_bytes(shard.read_bytes()[:-7])
+    pin(list_checkpoints(recipe.training_dir / "checkpoints")[-1])
     out = run_workers(recipe)
     assert "passing over checkpoint step_00000004" in out and "bytes, expected" in out
+    redone = list_checkpoints(recipe.training_dir / "checkpoints")[1]
+    assert redone.step == 4 and redone.problem() is None and redone.pinned
     _assert_identical(recipe, reference, {"master", "ema", "exp_avg", "exp_avg_sq", "momentum"})
-    validation = read_metrics(recipe.training_dir / "validation.jsonl")[-1]
-    assert validation == read_metrics(reference.training_dir / "validation.jsonl")[-1]
+    validations = [read_metrics(r.training_dir / "validation.jsonl") for r in (recipe, reference)]
+    assert validations[0] == validations[1] and [line["step"] for line in validations[0]] == [3, 6]
 
 
 _KILLED_IN_STEP_4 = """
@@ -150,13 +153,20 @@ def _assert_identical(recipe: Recipe, reference: Recipe, kinds: set[str]) -> Non
 
 
 def test_resume_at_other_world_sizes(reference: Recipe, tmp_path: Path) -> None:
-    """2 -> 1 -> 3 workers, and from ZeRO-3 to 1 to 2: the same samples and losses within rounding."""
-    one = _continue_from(reference, tmp_path / "one", step=2, workers=1, max_steps=4, zero_stage=1)
+    """2 -> 1 -> 3 workers, from ZeRO-3 to 2, and to 3 with its optimizer offloaded: the same samples and losses within rounding.
+
+    Only the last checkpoint is kept, and the one that is pinned.
+    """
+    one = _continue_from(reference, tmp_path / "one", step=2, workers=1, max_steps=4, zero_stage=2, keep_last=1)
+    pin(list_checkpoints(one.training_dir / "checkpoints")[0])
     run_workers(one)
-    three = one.model_copy(update={"training": one.training.model_copy(update={"workers": 3, "max_steps": 6, "zero_stage": 2})})
+    assert [(c.step, c.state["world_size"]) for c in list_checkpoints(one.training_dir / "checkpoints")] == [(2, 2), (4, 1)]
+    more = {"workers": 3, "max_steps": 6, "zero_stage": 3, "offload_optimizer": True}
+    three = one.model_copy(update={"training": one.training.model_copy(update=more)})
     run_workers(three)
-    sizes = [c.state["world_size"] for c in list_checkpoints(three.training_dir / "checkpoints")]
-    assert sizes == [2, 1, 3]
+    assert [(c.step, c.state["world_size"]) for c in list_checkpoints(three.training_dir / "checkpoints")] == [(2, 2), (6, 3)]
+    ours, theirs = (read_metrics(r.training_dir / "validation.jsonl")[-1] for r in (three, reference))
+    assert ours == {name: pytest.approx(value, abs=1e-5) for name, value in theirs.items()} and ours["step"] == 6
     for ours, theirs in zip(_lines(three), _lines(reference), strict=True):
         assert ours["keys_sha256"] == theirs["keys_sha256"] and ours["samples"] == theirs["samples"]
         assert ours["loss"] == pytest.approx(theirs["loss"], abs=1e-5)

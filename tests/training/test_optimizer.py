@@ -14,7 +14,7 @@ from fluid_core.muon import orthogonalise, polynomials
 from fluid_core.precision import uses_bf16
 from fluid_core.training.ema import ema_decay
 from fluid_core.training.health import HealthPolicy
-from fluid_core.training.metrics import BinnedLoss
+from fluid_core.training.metrics import BinnedLoss, MetricsFile
 from fluid_core.training.schedule import learning_rate_factor
 
 
@@ -91,6 +91,15 @@ def test_health_policy_strikes_and_recovers() -> None:
     again = HealthPolicy(5.0, 2)
     again.load(policy.state())
     assert again.state() == policy.state()
+
+
+def test_metrics_are_json_whatever_the_numbers(tmp_path: Path) -> None:
+    file = MetricsFile(tmp_path / "metrics.jsonl", 0)
+    file.write({"step": 1, "loss": math.nan, "grad_norm": -math.inf, "keys_sha256": "a", "samples": 12})
+    file.close()
+    assert (tmp_path / "metrics.jsonl").read_text() == (
+        '{"step": 1, "loss": null, "grad_norm": null, "keys_sha256": "a", "samples": 12}\n'
+    )
 
 
 def test_binned_losses() -> None:

@@ -1,0 +1,45 @@
+"""Which checkpoint a start trusts, without training: damage of every kind is passed over in words."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from small_run import small_recipe, write_checkpoint
+
+from fluid_core.training.checkpoint import Checkpoint, latest_complete, pin
+from fluid_core.training.run import _claim
+
+
+def _flip_a_bit(shard: Path) -> None:
+    data = bytearray(shard.read_bytes())
+    data[-3] ^= 1
+    shard.write_bytes(bytes(data))
+
+
+DAMAGE: dict[str, Callable[[Checkpoint], object]] = {
+    "rank_00001.safetensors: missing": lambda c: (c.path / "rank_00001.safetensors").unlink(),
+    "bytes, expected": lambda c: (c.path / "rank_00000.safetensors").write_bytes(b"short"),
+    "wrong checksum": lambda c: _flip_a_bit(c.path / "rank_00001.safetensors"),
+    "not complete": lambda c: (c.path / "_COMPLETE").unlink(),
+    "no valid _COMPLETE": lambda c: (c.path / "state.json").write_text("{}"),
+}
+
+
+@pytest.mark.parametrize("words", DAMAGE)
+def test_what_is_damaged_is_passed_over_in_words(words: str, tmp_path: Path) -> None:
+    good, bad = write_checkpoint(tmp_path, 2), write_checkpoint(tmp_path, 4)
+    said: list[str] = []
+    assert latest_complete(tmp_path, verify=True, report=said.append) == bad and not said
+    DAMAGE[words](bad)
+    assert latest_complete(tmp_path, verify=True, report=said.append) == good
+    assert len(said) == 1 and said[0].startswith("passing over checkpoint step_00000004: ") and words in said[0]
+
+
+def test_to_begin_again_does_not_delete_what_is_pinned(tmp_path: Path) -> None:
+    recipe = small_recipe(tmp_path)
+    root = recipe.training_dir / "checkpoints"
+    write_checkpoint(root, 2)
+    pin(write_checkpoint(root, 4))
+    with pytest.raises(ValueError, match=r"pinned checkpoints \(step 4\).*training.run_name"):
+        _claim(recipe, recipe.training_dir, root, None, "f", resume=False, fresh=True)
+    assert latest_complete(root, verify=True) == Checkpoint(root / "step_00000004", 4)
