@@ -8,8 +8,10 @@ Shapes: B images, X trunk rows (one an image, two with guidance), N tokens, C ch
 L text tokens, E text width, D width.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral, Real
 
 import torch
 import torch.nn.functional as F
@@ -250,7 +252,7 @@ def _sample(model: FluidModel, slots: Sequence[DecodeSlot], places: list[Tensor]
 
     def predict(x_PC: Tensor, step: float) -> Tensor:
         noisy = torch.cat((x_PC, x_PC)) if guided else x_PC
-        out = model.head(noisy, torch.tensor([step], device=device), conditions)
+        out = model.head(noisy, torch.full((1,), step, device=device), conditions)  # full: no copy that a GPU waits for
         if not guided:
             return out
         conditional, unconditional = out.chunk(2)
@@ -298,6 +300,13 @@ def check_request(model: FluidModel, request: GenerationRequest) -> None:
     """Raise ValueError with what to do for a request that this model cannot serve."""
     config = model.config
     N = request.grid[0] * request.grid[1]
+    for name in ("num_steps", "head_steps", "seed"):
+        if not isinstance(getattr(request, name), Integral):
+            raise ValueError(f"{name} must be a whole number, got {getattr(request, name)!r}")
+    for name in ("guidance_scale", "temperature"):
+        value = getattr(request, name)
+        if not isinstance(value, Real) or not math.isfinite(value):
+            raise ValueError(f"{name} must be a finite number, got {value!r}")
     for name, text in (("text", request.text_LE), ("negative text", request.negative_text_LE)):
         if text is None:
             if request.guided:

@@ -61,7 +61,7 @@ def check_finite(keys: Sequence[str], tokens: Tensor, text_BLE: Tensor) -> None:
     """
     for name, values in (("latents", tokens), ("text embeddings", text_BLE)):
         if not values.is_floating_point() or bool(torch.isfinite(values.sum())):
-            continue  # a sum of finite values is finite, and one pass over memory
+            continue  # one pass over memory; NaN and infinity would be in the sum
         broken = (~torch.isfinite(values).flatten(1).all(dim=1)).nonzero()[:, 0].tolist()
         if broken:
             shown = ", ".join(repr(keys[b]) for b in broken[:5])
