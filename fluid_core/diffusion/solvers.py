@@ -54,6 +54,8 @@ def solve(
     the deterministic solvers.
     """
     check_solver(objective, solver, head_steps)
+    if noise.ndim != 2 or noise.dtype != torch.float32:
+        raise ValueError(f"noise must be float32 (tokens, channels), got {noise.dtype} {tuple(noise.shape)}")
     if objective == "flow":
         return _flow(predict, noise * temperature, head_steps, second_order=solver == "heun")
     even_in = "log_snr" if solver == "dpm2" else "time"

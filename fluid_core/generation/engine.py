@@ -239,7 +239,7 @@ def _sample(model: FluidModel, slots: Sequence[DecodeSlot], places: list[Tensor]
     def each(values: list[float]) -> Tensor:
         return torch.tensor(values, device=device).repeat_interleave(counts)[:, None]
 
-    weight_P1 = each([_weight(slot, len(place)) for slot, place in zip(slots, places, strict=True)])
+    weight_P1 = each([_weight(slot) for slot in slots])
     temperature_P1 = each([slot.request.temperature for slot in slots])
     guided = any(slot.request.guided for slot in slots)
     if config.tokens == "discrete":
@@ -272,9 +272,10 @@ def _sample(model: FluidModel, slots: Sequence[DecodeSlot], places: list[Tensor]
     )
 
 
-def _weight(slot: DecodeSlot, new: int) -> float:
+def _weight(slot: DecodeSlot) -> float:
     request, N = slot.request, len(slot.known_N)
-    return guidance_weight(request.guidance_schedule, request.guidance_scale, int(slot.known_N.sum()) + new, N)
+    known = N - len(slot.order_N) + sum(slot.counts[: slot.step + 1])  # given ones, and those that exist after this step
+    return guidance_weight(request.guidance_schedule, request.guidance_scale, known, N)
 
 
 def _step_noise(slots: Sequence[DecodeSlot], places: list[Tensor], head_steps: int, channels: int) -> Tensor:

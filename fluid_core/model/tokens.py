@@ -27,6 +27,8 @@ def patchify(latents_BCHW: Tensor, patch: int) -> Tensor:
 def unpatchify(tokens_BNK: Tensor, patch: int, grid: tuple[int, int]) -> Tensor:
     """The inverse of `patchify`: tokens (B, h * w, C * patch^2) to latents (B, C, h * patch, w * patch)."""
     h, w = grid
+    if tokens_BNK.ndim != 3:
+        raise ValueError(f"tokens must be (batch, tokens, channels), got shape {tuple(tokens_BNK.shape)}")
     B, N, K = tokens_BNK.shape
     if h * w != N or K % (patch * patch):
         raise ValueError(f"tokens of shape {tuple(tokens_BNK.shape)} do not fill a {h}x{w} grid with patch {patch}")

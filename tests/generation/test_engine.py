@@ -140,8 +140,13 @@ def test_seeds_and_prompts_make_different_images() -> None:
 
 
 def test_every_token_has_noise_of_its_own() -> None:
-    noise = start(tiny_model(), request()).noise_NC
-    assert torch.cdist(noise, noise).add(100 * torch.eye(16)).min() > 1
+    slot = start(tiny_model(), request())
+    assert torch.cdist(slot.noise_NC, slot.noise_NC).add(100 * torch.eye(16)).min() > 1
+    alone = [[torch.tensor([place])] for place in range(16)]  # as when every token is made in a step of its own
+    steps = torch.cat([engine._step_noise([slot], places, 2, 16).flatten(0, 1) for places in alone])
+    assert torch.cdist(steps, steps).add(100 * torch.eye(32)).min() > 1, "of ddpm's steps"
+    codes = torch.cat([engine._sample_codes([slot], places, torch.zeros(1, 24)) for places in alone])
+    assert len(codes.unique()) > 6, "of the softmax"
 
 
 # Caches
