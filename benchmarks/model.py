@@ -4,14 +4,14 @@
 
 Each pair runs interleaved in this process and reports the median; on CPU it is CPU time, which other work on the machine
 disturbs least. The reference (benchmarks/reference_model.py) has the same weights and gives the same numbers: checked.
-bf16 is measured where the CPU computes it; emulated, it would take hours.
+bf16 is measured where the CPU computes it; emulated, it would take hours. GPUs: benchmarks/gpu.py.
 """
 
 import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,36 +19,52 @@ import torch.nn.functional as F
 
 from benchmarks import reference_model as reference
 from fluid_core.config import ModelConfig
-from fluid_core.generation.engine import GenerationRequest, decode_step, start_batch
+from fluid_core.generation.engine import DecodeSlot, GenerationRequest, decode_step, start_batch
 from fluid_core.model.draws import draw_training
 from fluid_core.model.fluid import FluidModel
 from fluid_core.model.layers import Packing
-from fluid_core.model.orders import unmask_counts
 from fluid_core.precision import computes_bf16
-from fluid_core.random import normal, sample_keys
+from fluid_core.random import sample_keys
 
 Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Case:
-    """A geometry and how much of it is measured. `steps_run` of `num_steps` autoregressive steps are timed."""
+    """A geometry and how much of it is measured.
+
+    Generation makes the last `new_tokens` of each image in `num_steps` steps: a whole image, or as many tokens a step as a whole
+    image in 64 steps has on average. `first_sample`: the batch's masked share is near the law's mean of 64%.
+    """
 
     name: str
     settings: dict[str, Any]
     caption_tokens: tuple[int, int]
     batch: int
+    first_sample: int
     images: int
+    new_tokens: int
     num_steps: int
-    steps_run: int
     head_steps: int
     repeats: int
+    t5: dict[str, int]
+    vae: dict[str, Any]
 
 
 CASES = (
-    Case("fluid-tiny", {"grid": 4, "text_width": 128, "max_text_tokens": 32}, (4, 12), 64, 32, 12, 12, 16, 3),
-    Case("fluid-166m", {"text_width": 1024}, (8, 40), 2, 1, 64, 3, 25, 2),
-)
+    Case(
+        "fluid-tiny", {"grid": 4, "text_width": 128, "max_text_tokens": 32}, (4, 12),
+        batch=64, first_sample=0, images=32, new_tokens=16, num_steps=12, head_steps=16, repeats=3,
+        t5={"d_model": 128, "d_ff": 256, "num_layers": 2, "num_heads": 4, "d_kv": 32},
+        vae={"in_channels": 48, "out_channels": 48, "block_out_channels": (64, 128), "layers_per_block": 1},
+    ),
+    Case(  # T5-large and the VAE of Stable Diffusion
+        "fluid-166m", {"text_width": 1024}, (8, 40),
+        batch=2, first_sample=4, images=1, new_tokens=12, num_steps=3, head_steps=25, repeats=2,
+        t5={"d_model": 1024, "d_ff": 2816, "num_layers": 24, "num_heads": 16, "d_kv": 64},
+        vae={"in_channels": 3, "out_channels": 3, "block_out_channels": (128, 256, 512, 512), "layers_per_block": 2},
+    ),
+)  # fmt: skip
 
 
 def rows() -> list[Row]:
@@ -58,10 +74,10 @@ def rows() -> list[Row]:
     for case in CASES:
         for precision in precisions:
             result.append(_training(case, precision))
-            result.append(_generation(case, precision))
+            result += _generation(case, precision)
     for case in CASES:
         result += _parts(case, precisions)
-    result.append(_vae_row())
+        result += _encoders(case)
     result += [_attention(tokens, precision) for tokens in (16, 64, 256) for precision in precisions]
     return result
 
@@ -96,7 +112,7 @@ def _training(case: Case, precision: str) -> Row:
     short = -(-max(len(c) for c in captions) // 8) * 8
     ours_text, reference_text = _padded(captions, short), _padded(captions, config.max_text_tokens)
     tokens = torch.randn(case.batch, N, config.token_channels)
-    keys = sample_keys(0, torch.arange(case.batch))
+    keys = sample_keys(0, case.first_sample + torch.arange(case.batch))
     draws = draw_training(config, keys, N)
     rows_BN = draw_training(config.model_copy(update={"order": "raster"}), keys, N)  # the same draws for every token
     losses: dict[str, float] = {}
@@ -124,36 +140,66 @@ def _backward(model: FluidModel, loss: torch.Tensor, losses: dict[str, float], n
         parameter.grad = None
 
 
-def _generation(case: Case, precision: str) -> Row:
-    """Prompt states to tokens, without the image tokenizer."""
+def _generation(case: Case, precision: str) -> list[Row]:
+    """Prompt states to tokens, without the encoders; and which part of it takes how long."""
     model = _model(case, precision).eval()
     if precision == "bf16":
         model.to(torch.bfloat16)
     config, N = model.config, model.config.num_tokens
     captions, null = _captions(case, case.images), torch.randn(1, config.text_width)
-    requests = [
-        GenerationRequest(text, null, i, case.num_steps, case.head_steps, 3.0, "constant", 1.0, "euler", (config.grid,) * 2)
-        for i, text in enumerate(captions)
-    ]
-    counts = unmask_counts(N, case.num_steps)[: case.steps_run]
+    given = torch.randn(case.images, N, config.token_channels)
+    requests = []
+    for i, text in enumerate(captions):
+        request = GenerationRequest(
+            text, null, i, case.num_steps, case.head_steps, 3.0, "constant", 1.0, "euler", (config.grid,) * 2
+        )
+        known = torch.ones(N, dtype=torch.bool)
+        known[DecodeSlot(model, request).order_N[-case.new_tokens :]] = False
+        some = {"known_tokens_NC": given[i], "known_mask_N": known} if bool(known.any()) else {}
+        requests.append(replace(request, **some))
     slots = start_batch(model, requests)
     orders, noise = torch.stack([slot.order_N for slot in slots]), torch.stack([slot.noise_NC for slot in slots])
+    tokens, known = torch.stack([slot.tokens_NC for slot in slots]), torch.stack([slot.known_N for slot in slots])
+    counts = slots[0].counts
     results: dict[str, torch.Tensor] = {}
+    parts = {"text: aligner, keys and values": 0.0, "trunk": 0.0, "head": 0.0, "the rest": 0.0}
 
     def ours() -> None:
+        parts.update(dict.fromkeys(parts, 0.0))
+        start = time.process_time()
         slots = start_batch(model, requests)
+        parts["text: aligner, keys and values"] = time.process_time() - start
         for _ in counts:
             decode_step(model, slots)
+        parts["the rest"] = time.process_time() - start - sum(parts.values())
         results["ours"] = torch.stack([slot.tokens_NC for slot in slots])
 
     def plain() -> None:
-        results["reference"] = reference.generate(model, captions, null, orders, noise, counts, case.head_steps, 3.0, "euler")
+        results["reference"] = reference.generate(
+            model, captions, null, tokens, known, orders, noise, counts, case.head_steps, 3.0, "euler"
+        )
 
+    for name, module in (("trunk", model.trunk), ("head", model.head)):
+
+        def before(*_: Any, name: str = name) -> None:
+            parts[name] -= time.process_time()
+
+        def after(*_: Any, name: str = name) -> None:
+            parts[name] += time.process_time()
+
+        module.register_forward_pre_hook(before)
+        module.register_forward_hook(after)
     fast, slow = _interleaved(ours, plain, case.repeats)
     if precision == "fp32":
         assert torch.allclose(results["ours"], results["reference"], atol=1e-3)
-    what = f"{case.steps_run} of {case.num_steps} x {case.head_steps} steps, {case.images} image{'s' * (case.images > 1)}"
-    return _row(f"generation, {case.name}, {precision}, {what}", fast, slow, "s", 3.0)
+    with _one_thread():
+        ours()  # once more: the reference calls the head too
+    images = f"{case.images} image{'s' * (case.images > 1)}"
+    what = f"{case.new_tokens} of {N} tokens in {case.num_steps} x {case.head_steps} steps, {images}"
+    rows = [_row(f"generation, {case.name}, {precision}, {what}", fast, slow, "s", 3.0)]
+    for name, seconds in parts.items():
+        rows.append(_row(f"part of it: {name}, {case.name}, {precision}", 1000 * seconds, None, "ms", None))
+    return rows
 
 
 def _parts(case: Case, precisions: tuple[str, ...]) -> list[Row]:
@@ -164,7 +210,7 @@ def _parts(case: Case, precisions: tuple[str, ...]) -> list[Row]:
         config, N = model.config, model.config.num_tokens
         captions = _captions(case, case.batch)
         text, mask = _padded(captions, -(-max(len(c) for c in captions) // 8) * 8)
-        keys = sample_keys(0, torch.arange(case.batch))
+        keys = sample_keys(0, case.first_sample + torch.arange(case.batch))
         draws = draw_training(config, keys, N)
         tokens = torch.randn(case.batch, N, config.token_channels)
         packing = Packing(mask)
@@ -189,9 +235,19 @@ def _parts(case: Case, precisions: tuple[str, ...]) -> list[Row]:
                 out.float().backward()
 
             seconds = statistics.median(_seconds(run) for _ in range(case.repeats))
-            result.append(_row(f"part: {name}, {case.name}, {precision}, batch {case.batch}", 1000 * seconds, None, "ms", None))
+            result.append(
+                _row(
+                    f"part of a training step: {name}, {case.name}, {precision}, batch {case.batch}",
+                    1000 * seconds,
+                    None,
+                    "ms",
+                    None,
+                )
+            )
     draw = statistics.median(_seconds(lambda: draw_training(config, keys, N)) for _ in range(case.repeats))
-    result.append(_row(f"part: random draws, {case.name}, batch {case.batch}", 1000 * draw, None, "ms", None))
+    result.append(
+        _row(f"part of a training step: random draws, {case.name}, batch {case.batch}", 1000 * draw, None, "ms", None)
+    )
     return result
 
 
@@ -212,17 +268,30 @@ def _attention(tokens: int, precision: str) -> Row:
     return _row(f"attention, {tokens} tokens, {precision}: matmuls against fused", 1000 * ours, 1000 * reference, "ms", None)
 
 
-def _vae_row() -> Row:
+def _encoders(case: Case) -> list[Row]:
+    """The frozen encoders that generation adds: T5 on one caption and the VAE's decoder on one image, fp32."""
     from diffusers import AutoencoderKL
+    from transformers import T5Config, T5EncoderModel
 
     from fluid_core.encoders.image import ImageTokenizer
+    from fluid_core.encoders.text import TextEncoder
 
-    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
-    widths = {"in_channels": 48, "out_channels": 48, "block_out_channels": (64, 128), "latent_channels": 4}
-    vae = ImageTokenizer(AutoencoderKL(**widths, **blocks), "kl")
-    latents = normal(sample_keys(0, torch.arange(8)), 0, (4, 8, 8))
-    seconds = statistics.median(_seconds(lambda: vae.decode(latents)) for _ in range(3))
-    return _row("part: VAE decode, demo tokenizer, fp32, one image", 1000 * seconds / 8, None, "ms", None)
+    levels, config = len(case.vae["block_out_channels"]), ModelConfig(preset=case.name, **case.settings)
+    types = {"down_block_types": ("DownEncoderBlock2D",) * levels, "up_block_types": ("UpDecoderBlock2D",) * levels}
+    vae = ImageTokenizer(AutoencoderKL(**case.vae, **types, latent_channels=config.latent_channels), "kl")
+    latents = torch.randn(1, config.latent_channels, *(config.grid * config.patch,) * 2)
+    t5 = TextEncoder(T5EncoderModel(T5Config(feed_forward_proj="gated-gelu", **case.t5)), None, config.max_text_tokens)
+    ids = [list(range(2, 2 + sum(case.caption_tokens) // 2))]
+    parts: dict[str, Callable[[], Any]] = {
+        f"VAE decode, {latents.shape[-1] * vae.stride} px": lambda: vae.decode(latents),
+        f"T5, {len(ids[0])} tokens": lambda: t5.encode_ids(ids),
+    }
+    rows = []
+    for name, run in parts.items():
+        run()
+        seconds = statistics.median(_seconds(run) for _ in range(case.repeats))
+        rows.append(_row(f"part of an image: {name}, {case.name}", 1000 * seconds, None, "ms", None))
+    return rows
 
 
 def _row(name: str, ours: float, slow: float | None, unit: str, target: float | None) -> Row:

@@ -70,10 +70,13 @@ def training_loss(
 
 @torch.no_grad()
 def generate(
-    model: FluidModel, texts: list[Tensor], null: Tensor, orders: Tensor, noise: Tensor, counts: list[int],
-    head_steps: int, scale: float, solver: str,
+    model: FluidModel, texts: list[Tensor], null: Tensor, tokens: Tensor, known: Tensor, orders: Tensor, noise: Tensor,
+    counts: list[int], head_steps: int, scale: float, solver: str,
 ) -> Tensor:  # fmt: skip
-    """Tokens (B, N, C) with constant guidance. `orders` (B, N) and `noise` (B, N, C) are the images' own."""
+    """Tokens (B, N, C) with constant guidance, those that are `known` (B, N) from `tokens` (B, N, C).
+
+    `orders` (B, the others) and `noise` (B, N, C) are the images' own.
+    """
     B, N, C = noise.shape
     longest = model.config.max_text_tokens
     text = torch.zeros(2 * B, longest, model.config.text_width)
@@ -81,7 +84,7 @@ def generate(
     for i, states in enumerate([*texts, *[null] * B]):
         text[i, : len(states)], mask[i, : len(states)] = states, True
     text = text.to(model.trunk.placeholder.dtype)
-    tokens, known, done = torch.zeros(B, N, C), torch.zeros(B, N, dtype=torch.bool), 0
+    tokens, known, done = tokens.clone(), known.clone(), 0
     for count in counts:
         z = conditions(model, tokens.repeat(2, 1, 1), ~known.repeat(2, 1), text, mask)
         conditional, unconditional = (model.head.embed_condition(part.flatten(0, 1)) for part in z.chunk(2))

@@ -3,7 +3,7 @@
     make bench                                   all rooms
     python -m benchmarks.run model serve         some of them
 
-Each room (benchmarks/{model,encode,train,serve}.py) has `rows()`: dicts of name, ours, reference, ratio, unit, target. Results
+Each room (benchmarks/{model,gpu,encode,train,serve}.py; gpu where there is one) has `rows()`: dicts of name, ours, reference, ratio, unit, target. Results
 go to benchmarks/results/<date>.json with what the machine was. A room runs in a process of its own; one that fails is told
 in the table, and the exit code is 1.
 """
@@ -20,7 +20,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-ROOMS = ("model", "encode", "train", "serve")
+ROOMS = ("model", "gpu", "encode", "train", "serve")
 ROOT = Path(__file__).resolve().parents[1]
 _CHILD = """
 import importlib, json, sys
@@ -83,7 +83,7 @@ def main(argv: list[str] | None = None) -> int:
     if unknown:
         parser.error(f"unknown room {unknown[0]!r}; one of {', '.join(ROOMS)}")
     about, found, failures = machine(), {}, []
-    for room in args.rooms or ROOMS:
+    for room in args.rooms or [room for room in ROOMS if room != "gpu" or about["gpu"]]:
         print(f"measuring {room} ...", file=sys.stderr, flush=True)
         started = time.monotonic()
         rows, failure = run_room(room)

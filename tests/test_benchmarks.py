@@ -4,8 +4,10 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
+from tiny_fluid import tiny_config
 
-from benchmarks import run
+from benchmarks import gpu, run
 
 
 def test_results_are_printed_and_written(
@@ -29,4 +31,18 @@ def test_results_are_printed_and_written(
 def test_an_unknown_room_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         run.main(["modle"])
-    assert "one of model, encode, train, serve" in capsys.readouterr().err
+    assert "one of model, gpu, encode, train, serve" in capsys.readouterr().err
+
+
+def test_the_gpu_room_runs_on_a_cpu_too() -> None:
+    """Training and generation of the GPU benchmark, with the compiler standing aside."""
+    device, config = torch.device("cpu"), tiny_config(masked_tokens_per_image=10, max_text_tokens=40, head_precision="bf16")
+    with torch.compiler.set_stance("force_eager"):
+        rows = gpu.training_rows(config, device, (4,)) + gpu.generation_rows(config, device, 2, 4, 2)
+    assert [row["name"].rsplit(", ", 1)[0] for row in rows] == [
+        "training step, fluid-tiny, batch 4, eager", "training step, fluid-tiny, batch 4, compiled",
+        "generation, fluid-tiny, 2 images, 4 x 2 steps, eager", "generation, fluid-tiny, 2 images, 4 x 2 steps, compiled",
+    ]  # fmt: skip
+    assert all(row["ours"] > 0 and row["ratio"] is None for row in rows)
+    with pytest.raises(ValueError, match="needs a CUDA device"):
+        gpu.rows()

@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--negative-prompt", help="what to steer away from")
     parser.add_argument("--size", help="pixels: SIDE or WIDTHxHEIGHT")
     parser.add_argument("--solver", choices=("ddpm", "ddim", "dpm2", "euler", "heun"))
-    parser.add_argument("--order", choices=("random", "checkerboard"))
+    parser.add_argument("--order", choices=("random", "checkerboard", "raster"))
     parser.add_argument("--truncate", action="store_true", help="cut prompts longer than the text limit instead of refusing")
     parser.add_argument("--batch-size", type=int, help="images that step together")
     parser.add_argument("--device", default="cpu")
@@ -35,8 +35,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     if args.count < 1:
         raise ValueError(f"-n {args.count}: at least 1")
+    if args.reveal and not args.reveal.lower().endswith(".gif"):
+        raise ValueError(f"--reveal {args.reveal}: the animation is a GIF, so name a file that ends in .gif")
     from fluid_core.generation.engine import DecodeSlot
-    from fluid_core.generation.pipeline import FluidPipeline
+    from fluid_core.generation.pipeline import BATCH_SIZE, FluidPipeline
     from fluid_core.generation.reveal import Reveal
 
     pipeline = FluidPipeline.from_pretrained(args.model, device=args.device, dtype=args.dtype)
@@ -55,8 +57,7 @@ def run(args: argparse.Namespace) -> None:
         truncate=args.truncate,
     )
     reveal = Reveal() if args.reveal else None
-    batch_size = args.batch_size or 64
-    total = -(-len(requests) // batch_size)
+    total = -(-len(requests) // max(1, args.batch_size or BATCH_SIZE))
     with tqdm(desc="generate", unit="step", file=sys.stderr) as bar:
 
         def callback(step: int, steps: int, slots: list[DecodeSlot]) -> None:
@@ -65,13 +66,14 @@ def run(args: argparse.Namespace) -> None:
             if reveal is not None:
                 reveal(step, steps, slots)
 
-        images = pipeline.run(requests, callback=callback, batch_size=batch_size)
+        images = pipeline.run(requests, callback=callback, batch_size=args.batch_size)
     folder = Path(args.output)
     folder.mkdir(parents=True, exist_ok=True)
     for i, image in enumerate(images):
         image.save(folder / f"{i:05d}.png")
         print(folder / f"{i:05d}.png")
     if reveal is not None:
+        Path(args.reveal).parent.mkdir(parents=True, exist_ok=True)
         reveal.save(pipeline, args.reveal)
         print(args.reveal)
 

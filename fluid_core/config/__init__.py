@@ -72,6 +72,11 @@ class Recipe(Section):
                 f"model.tokens {self.model.tokens!r} does not go with image_tokenizer.kind {self.image_tokenizer.kind!r}: "
                 "use kl with continuous, vq with discrete"
             )
+        train = self.image_tokenizer.train
+        if self.model.tokens == "discrete" and train is not None and train.codebook_size != self.model.codebook_size:
+            raise ValueError(
+                f"model.codebook_size {self.model.codebook_size} is not image_tokenizer.train.codebook_size {train.codebook_size}"
+            )
         return self
 
 

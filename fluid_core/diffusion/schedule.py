@@ -17,13 +17,16 @@ TRAIN_STEPS = 1000
 
 @dataclass(frozen=True)
 class Schedule:
-    """A discrete schedule over `steps_S` (timesteps of the 1000-step schedule, rising). All fp32 (S,).
+    """A discrete schedule over `steps_S` (timesteps of the 1000-step schedule, rising). All (S,), fp32 on the device, but for
+    `steps` (int64) and `half_log_snr` = log(abar / (1 - abar)) / 2 (fp64), which solvers read as numbers: they stay on the CPU,
+    so that no step waits for a GPU.
 
     `log_variance_low` and `_high` bound the learned variance: the posterior's (clipped at the first step) and beta.
     `mean_x0` and `mean_xt` weight x_0 and x_t in the posterior mean.
     """
 
     steps: Tensor
+    half_log_snr: Tensor
     alpha_bar: Tensor
     alpha_bar_previous: Tensor
     betas: Tensor
@@ -53,7 +56,7 @@ def _schedule(steps: tuple[int, ...], device: str) -> Schedule:
     mean_x0 = betas * previous.sqrt() / (1 - bar)
     mean_xt = (1 - previous) * (1 - betas).sqrt() / (1 - bar)
     values = (bar, previous, betas, clipped.log(), betas.log(), mean_x0, mean_xt)
-    return Schedule(index.to(device), *(value.float().to(device) for value in values))
+    return Schedule(index, 0.5 * (bar / (1 - bar)).log(), *(value.float().to(device) for value in values))
 
 
 def cosine_schedule(device: torch.device | str = "cpu") -> Schedule:
@@ -74,8 +77,7 @@ def respaced_schedule(num_steps: int, last: int, device: torch.device | str = "c
         return _schedule((last,), str(device))
     if even_in == "time":
         return _schedule(tuple(round(i * last / (num_steps - 1)) for i in range(num_steps)), str(device))
-    bar = _cosine_alpha_bar()[: last + 1]
-    log_snr = 0.5 * (bar / (1 - bar)).log()
+    log_snr = cosine_schedule().half_log_snr[: last + 1]
     wanted = torch.linspace(float(log_snr[0]), float(log_snr[-1]), num_steps, dtype=torch.float64)
     nearest = (log_snr[None] - wanted[:, None]).abs().argmin(dim=1).tolist()
     steps: list[int] = []

@@ -8,6 +8,7 @@ All of them ask for predictions through one function, with guidance inside, so e
 Shapes: P tokens, C channels. x and noise are fp32 (P, C).
 """
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -53,6 +54,8 @@ def solve(
     the deterministic solvers.
     """
     check_solver(objective, solver, head_steps)
+    if noise.ndim != 2 or noise.dtype != torch.float32:
+        raise ValueError(f"noise must be float32 (tokens, channels), got {noise.dtype} {tuple(noise.shape)}")
     if objective == "flow":
         return _flow(predict, noise * temperature, head_steps, second_order=solver == "heun")
     even_in = "log_snr" if solver == "dpm2" else "time"
@@ -85,8 +88,7 @@ def _ddpm(
         if i == 0:
             return mean
         if objective == "eps":
-            index = torch.tensor([i], device=x.device)
-            log_variance = learned_log_variance(schedule, prediction[..., C:], index)
+            log_variance = learned_log_variance(schedule, prediction[..., C:], torch.full((1,), i, device=x.device))
         else:
             log_variance = schedule.log_variance_low[i]
         x = mean + temperature * (0.5 * log_variance).exp() * step_noise(i)
@@ -107,17 +109,15 @@ def _dpm2(objective: str, schedule: Schedule, predict: Predict, x: Tensor) -> Te
 
     with a = sqrt(abar), s = sqrt(1 - abar) and h the step in log(a / s). The last step, to s = 0, is x_0 itself.
     """
-    bar = schedule.alpha_bar.double()
-    half_log_snr = 0.5 * (bar.log() - (1 - bar).log())
     x0_before, h_before = x, 0.0
     for i in range(len(schedule.steps) - 1, -1, -1):
         x0, _ = denoise(objective, predict(x, float(schedule.steps[i])), x, schedule.alpha_bar[i])
         if i == 0:
             return x0
-        h = float(half_log_snr[i - 1] - half_log_snr[i])
+        h = float(schedule.half_log_snr[i - 1] - schedule.half_log_snr[i])
         direction = x0 if h_before == 0.0 else x0 + h / (2 * h_before) * (x0 - x0_before)
         sigma_ratio = ((1 - schedule.alpha_bar[i - 1]) / (1 - schedule.alpha_bar[i])).sqrt()
-        x = sigma_ratio * x + schedule.alpha_bar[i - 1].sqrt() * float(-torch.expm1(torch.tensor(-h))) * direction
+        x = sigma_ratio * x + schedule.alpha_bar[i - 1].sqrt() * (1.0 - math.exp(-h)) * direction
         x0_before, h_before = x0, h
     raise AssertionError("a schedule has at least one step")
 

@@ -5,6 +5,8 @@ Editing needs no training of its own: the tokens to change are masked again, the
 Shapes: h w token grid, N = h * w tokens, H W pixels.
 """
 
+from numbers import Integral, Real
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -23,6 +25,8 @@ def tokens_to_change(mask_HW: Tensor, grid: tuple[int, int], dilate: int = 1) ->
     """
     h, w = grid
     H, W = mask_HW.shape
+    if not isinstance(dilate, Integral) or dilate < 0:
+        raise ValueError(f"dilate must be a number of token rings, 0 or more, got {dilate!r}")
     if H % h or W % w:
         raise ValueError(f"a mask of {W}x{H} pixels does not divide into {w}x{h} tokens")
     touched = F.max_pool2d(mask_HW.float()[None, None], (H // h, W // w))
@@ -33,8 +37,8 @@ def tokens_to_change(mask_HW: Tensor, grid: tuple[int, int], dilate: int = 1) ->
 
 def variation_tokens(strength: float, seed: int, grid: tuple[int, int]) -> Tensor:
     """A random share `strength` of the tokens (bool, N), at least one: a variation makes these anew."""
-    if not 0 < strength <= 1:
-        raise ValueError(f"strength must be above 0 and at most 1, got {strength}")
+    if not isinstance(strength, Real) or not 0 < strength <= 1:
+        raise ValueError(f"strength must be above 0 and at most 1, got {strength!r}")
     N = grid[0] * grid[1]
     order_N = token_order("random", sample_keys(seed, torch.zeros(1, dtype=torch.int64)), grid, _VARIATION_STREAM)[0]
     chosen_N = torch.zeros(N, dtype=torch.bool)

@@ -8,8 +8,10 @@ Shapes: B images, X trunk rows (one an image, two with guidance), N tokens, C ch
 L text tokens, E text width, D width.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral, Real
 
 import torch
 import torch.nn.functional as F
@@ -237,7 +239,7 @@ def _sample(model: FluidModel, slots: Sequence[DecodeSlot], places: list[Tensor]
     def each(values: list[float]) -> Tensor:
         return torch.tensor(values, device=device).repeat_interleave(counts)[:, None]
 
-    weight_P1 = each([_weight(slot, len(place)) for slot, place in zip(slots, places, strict=True)])
+    weight_P1 = each([_weight(slot) for slot in slots])
     temperature_P1 = each([slot.request.temperature for slot in slots])
     guided = any(slot.request.guided for slot in slots)
     if config.tokens == "discrete":
@@ -250,7 +252,7 @@ def _sample(model: FluidModel, slots: Sequence[DecodeSlot], places: list[Tensor]
 
     def predict(x_PC: Tensor, step: float) -> Tensor:
         noisy = torch.cat((x_PC, x_PC)) if guided else x_PC
-        out = model.head(noisy, torch.tensor([step], device=device), conditions)
+        out = model.head(noisy, torch.full((1,), step, device=device), conditions)  # full: no copy that a GPU waits for
         if not guided:
             return out
         conditional, unconditional = out.chunk(2)
@@ -270,9 +272,10 @@ def _sample(model: FluidModel, slots: Sequence[DecodeSlot], places: list[Tensor]
     )
 
 
-def _weight(slot: DecodeSlot, new: int) -> float:
+def _weight(slot: DecodeSlot) -> float:
     request, N = slot.request, len(slot.known_N)
-    return guidance_weight(request.guidance_schedule, request.guidance_scale, int(slot.known_N.sum()) + new, N)
+    known = N - len(slot.order_N) + sum(slot.counts[: slot.step + 1])  # given ones, and those that exist after this step
+    return guidance_weight(request.guidance_schedule, request.guidance_scale, known, N)
 
 
 def _step_noise(slots: Sequence[DecodeSlot], places: list[Tensor], head_steps: int, channels: int) -> Tensor:
@@ -298,6 +301,13 @@ def check_request(model: FluidModel, request: GenerationRequest) -> None:
     """Raise ValueError with what to do for a request that this model cannot serve."""
     config = model.config
     N = request.grid[0] * request.grid[1]
+    for name in ("num_steps", "head_steps", "seed"):
+        if not isinstance(getattr(request, name), Integral):
+            raise ValueError(f"{name} must be a whole number, got {getattr(request, name)!r}")
+    for name in ("guidance_scale", "temperature"):
+        value = getattr(request, name)
+        if not isinstance(value, Real) or not math.isfinite(value):
+            raise ValueError(f"{name} must be a finite number, got {value!r}")
     for name, text in (("text", request.text_LE), ("negative text", request.negative_text_LE)):
         if text is None:
             if request.guided:

@@ -11,6 +11,7 @@ Shapes: N tokens, C token channels, L text tokens, E text width.
 import os
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,8 @@ Callback = Callable[[int, int, list[DecodeSlot]], None]
 
 _CACHED_PROMPTS = 1024
 _DECODED_TOGETHER = 32
+BATCH_SIZE = 64
+"""Pictures that step together when the caller does not say how many."""
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -64,6 +67,11 @@ class FluidPipeline:
                     f"latent statistics for {len(latent_mean)} channels, a tokenizer of {image_tokenizer.latent_channels} "
                     f"and a model of {config.latent_channels} latent channels do not go together"
                 )
+        elif image_tokenizer.codebook_size != config.codebook_size:
+            raise ValueError(
+                f"an image tokenizer of {image_tokenizer.codebook_size} codes does not go with the model's codebook_size "
+                f"{config.codebook_size}"
+            )
         self.model = model.eval()
         self.image_tokenizer, self.text_encoder = image_tokenizer, text_encoder
         self.generation = generation
@@ -91,6 +99,10 @@ class FluidPipeline:
         config = bundle.read_config(folder)
         if verify:
             bundle.verify_bundle(folder)
+        try:
+            torch.empty(0, device=device)
+        except (RuntimeError, AssertionError) as error:
+            raise ValueError(f"device {str(device)!r} cannot be used here: {str(error).splitlines()[0]}") from None
         dtype = dtype or ("fp32" if torch.device(device).type == "cpu" else "bf16")
         if dtype not in DTYPES:
             raise ValueError(f"dtype {dtype!r}: use one of {', '.join(DTYPES)}")
@@ -161,7 +173,7 @@ class FluidPipeline:
             seed: picture i takes seed + i; or one seed for each.
             size: pixels, one side or (width, height); other than the training size by interpolated positions.
             solver: eps, v: ddpm, ddim, dpm2; flow: euler, heun.
-            order: random or checkerboard.
+            order: random, checkerboard or raster.
             truncate: cut prompts that are longer than the text limit instead of refusing them.
             batch_size: pictures that step together.
         """
@@ -209,7 +221,9 @@ class FluidPipeline:
         **settings: Any,
     ) -> Image.Image:
         """A larger picture, (width, height) = `size`, with `image` at `offset` (x, y) and the rest made up."""
-        x, y = offset
+        size, (x, y) = _pair("size must be (width, height)", size), _pair("offset must be (x, y)", offset)
+        if size == image.size:
+            raise ValueError(f"size {size} is the image's own: there is nothing to make up around it")
         if x < 0 or y < 0 or x + image.width > size[0] or y + image.height > size[1]:
             raise ValueError(f"an image of {image.width}x{image.height} at {offset} does not fit into {size[0]}x{size[1]}")
         # The outside is filled with the border's pixels, so that what the tokenizer sees of it beside the image is plausible.
@@ -235,7 +249,7 @@ class FluidPipeline:
         truncate: bool = False,
     ) -> list[GenerationRequest]:
         """What the engine is asked for: `__call__` without the running. Checked; ValueError names what to mend."""
-        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        prompts = _strings("prompts", prompts)
         defaults, config = self.generation, self.model.config
         grid = self.grid_of(size)
         guidance_scale = defaults.guidance_scale if guidance_scale is None else guidance_scale
@@ -244,10 +258,14 @@ class FluidPipeline:
         else:
             if guidance_scale == 1.0:
                 raise ValueError("negative_prompts have no effect at guidance_scale 1: raise it or drop them")
-            negatives = [negative_prompts] * len(prompts) if isinstance(negative_prompts, str) else list(negative_prompts)
+            negatives = _strings("negative_prompts", negative_prompts) * (
+                len(prompts) if isinstance(negative_prompts, str) else 1
+            )
         if len(negatives) != len(prompts):
             raise ValueError(f"{len(negatives)} negative_prompts for {len(prompts)} prompts: give one, or one for each")
-        seeds = [seed + i for i in range(len(prompts))] if isinstance(seed, int) else list(seed)
+        seeds = [int(seed) + i for i in range(len(prompts))] if isinstance(seed, Integral) else seed
+        if not isinstance(seeds, Sequence):
+            raise ValueError(f"seed must be a whole number, or one for each prompt, got {seed!r}")
         if len(seeds) != len(prompts):
             raise ValueError(f"{len(seeds)} seeds for {len(prompts)} prompts: give one, or one for each")
         if config.tokens == "discrete" and (head_steps is not None or solver is not None):
@@ -263,11 +281,11 @@ class FluidPipeline:
                 num_steps=self._steps(num_steps, grid),
                 head_steps=defaults.head_steps if head_steps is None else head_steps,
                 guidance_scale=guidance_scale,
-                guidance_schedule=guidance_schedule or defaults.guidance_schedule,
+                guidance_schedule=defaults.guidance_schedule if guidance_schedule is None else guidance_schedule,
                 temperature=defaults.temperature if temperature is None else temperature,
-                solver=solver or defaults.solver,
+                solver=defaults.solver if solver is None else solver,
                 grid=grid,
-                order=order or ("raster" if config.order == "raster" else "random"),
+                order=config.order if order is None else order,
             )
             for text_LE, negative_LE, one_seed in zip(states[: len(prompts)], states[len(prompts) :], seeds, strict=True)
         ]
@@ -287,6 +305,8 @@ class FluidPipeline:
         **settings: Any,
     ) -> GenerationRequest:
         """The request behind `edit`."""
+        if not isinstance(image, Image.Image):
+            raise ValueError(f"image must be a PIL image, got {type(image).__name__}")
         if (mask is None) == (strength is None):
             raise ValueError("an edit needs a mask, or a strength for a variation, and not both")
         if "size" in settings:
@@ -307,11 +327,13 @@ class FluidPipeline:
     def run(
         self, requests: Sequence[GenerationRequest], callback: Callback | None = None, batch_size: int | None = None
     ) -> list[Image.Image]:
-        """Decode requests of one grid, solver and head_steps, `batch_size` at a time (default 64)."""
-        if batch_size is not None and batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        """Decode requests of one grid, solver and head_steps, `batch_size` at a time (default BATCH_SIZE)."""
+        if batch_size is not None and not (isinstance(batch_size, Integral) and batch_size >= 1):
+            raise ValueError(f"batch_size must be a whole number of at least 1, got {batch_size!r}")
+        if callback is not None and not callable(callback):
+            raise ValueError(f"callback must be a function of (step, steps, slots), got {callback!r}")
         images: list[Image.Image] = []
-        size = batch_size or 64
+        size = batch_size or BATCH_SIZE
         for first in range(0, len(requests), size):
             slots = start_batch(self.model, requests[first : first + size])
             steps = max(len(slot.counts) for slot in slots)
@@ -328,10 +350,7 @@ class FluidPipeline:
         Raises:
             ValueError: a prompt is longer than the text limit and `truncate` is False.
         """
-        unique = list(dict.fromkeys(prompts))
-        for prompt in unique:
-            if not isinstance(prompt, str):
-                raise ValueError(f"a prompt must be a string, got {type(prompt).__name__}")
+        unique = list(dict.fromkeys(_strings("prompts", prompts)))
         # Tokenised even when remembered: a prompt that was cut on request is still refused without it.
         ids = dict(zip(unique, self.text_encoder.tokenize(unique, cut=truncate), strict=True))
         new = [prompt for prompt in unique if prompt not in self._prompts]
@@ -380,7 +399,8 @@ class FluidPipeline:
         config, unit = self.model.config, self.pixels_per_token
         if size is None:
             return config.grid, config.grid
-        width, height = (size, size) if isinstance(size, int) else size
+        sides = (size, size) if isinstance(size, Integral) else size
+        width, height = _pair("size must be a side or (width, height)", sides)
         if width < unit or height < unit or width % unit or height % unit:
             raise ValueError(f"size {width}x{height}: both sides must be positive multiples of {unit} pixels")
         return height // unit, width // unit
@@ -389,6 +409,19 @@ class FluidPipeline:
         if self.model.config.order == "raster":
             return grid[0] * grid[1]
         return min(self.generation.num_steps, grid[0] * grid[1]) if num_steps is None else num_steps
+
+
+def _strings(name: str, given: str | Sequence[str]) -> list[str]:
+    values = [given] if isinstance(given, str) else given
+    if not isinstance(values, Sequence) or not all(isinstance(value, str) for value in values):
+        raise ValueError(f"{name} must be a string or a list of strings, got {given!r:.80}")
+    return list(values)
+
+
+def _pair(what: str, given: object) -> tuple[int, int]:
+    if not isinstance(given, Sequence) or len(given) != 2 or not all(isinstance(value, Integral) for value in given):
+        raise ValueError(f"{what} in whole pixels, got {given!r}")
+    return int(given[0]), int(given[1])
 
 
 def _mask_pixels(mask: Image.Image | np.ndarray, image: Image.Image) -> Tensor:

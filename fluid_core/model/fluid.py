@@ -78,7 +78,7 @@ class FluidModel(nn.Module):
             draws: from `draw_training` with the batch's keys.
             grid: (h, w) when not the square of the configuration.
         """
-        grid = self._check(tokens, text_BLE, text_mask_BL, draws, grid)
+        grid = self._check(tokens, text_BLE, text_mask_BL, null_text_LE, draws, grid)
         text_BLE, text_mask_BL = drop_captions(text_BLE, text_mask_BL, null_text_LE, draws.drop_text_B)
         text = self.trunk.text_keys_values(*self.aligner(text_BLE, text_mask_BL))
         z_BND = self.trunk(tokens, draws.mask_BN, grid, text, padding_bias(text_mask_BL))
@@ -109,13 +109,14 @@ class FluidModel(nn.Module):
         return F.cross_entropy(self.trunk.embed(self.head(z_KD), logits=True), codes_K, reduction="none")[None]
 
     def _check(
-        self, tokens: Tensor, text: Tensor, mask: Tensor, draws: TrainingDraws, grid: tuple[int, int] | None
+        self, tokens: Tensor, text: Tensor, mask: Tensor, null: Tensor, draws: TrainingDraws, grid: tuple[int, int] | None
     ) -> tuple[int, int]:
         grid = grid or (self.config.grid, self.config.grid)
         B, N = draws.mask_BN.shape
         continuous = self.config.tokens == "continuous"
         wanted = (B, grid[0] * grid[1], self.config.token_channels) if continuous else (B, grid[0] * grid[1])
-        if tuple(tokens.shape) != wanted or wanted[1] != N or tokens.is_floating_point() != continuous:
+        right_dtype = tokens.is_floating_point() if continuous else tokens.dtype == torch.int64
+        if tuple(tokens.shape) != wanted or wanted[1] != N or not right_dtype:
             kind = "floating-point" if continuous else "int64"
             raise ValueError(
                 f"tokens must be {kind} {wanted}, got {tokens.dtype} {tuple(tokens.shape)} with draws for {(B, N)}"
@@ -125,6 +126,8 @@ class FluidModel(nn.Module):
                 f"text must be ({B}, L, {self.config.text_width}) with a bool mask ({B}, L), "
                 f"got {tuple(text.shape)} and {mask.dtype} {tuple(mask.shape)}"
             )
+        if null.ndim != 2 or null.shape[1] != self.config.text_width:
+            raise ValueError(f"null_text must be (L, {self.config.text_width}), got {tuple(null.shape)}")
         if text.shape[1] > self.config.max_text_tokens:
             raise ValueError(f"text of {text.shape[1]} tokens is longer than max_text_tokens {self.config.max_text_tokens}")
         return grid

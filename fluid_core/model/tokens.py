@@ -27,6 +27,8 @@ def patchify(latents_BCHW: Tensor, patch: int) -> Tensor:
 def unpatchify(tokens_BNK: Tensor, patch: int, grid: tuple[int, int]) -> Tensor:
     """The inverse of `patchify`: tokens (B, h * w, C * patch^2) to latents (B, C, h * patch, w * patch)."""
     h, w = grid
+    if tokens_BNK.ndim != 3:
+        raise ValueError(f"tokens must be (batch, tokens, channels), got shape {tuple(tokens_BNK.shape)}")
     B, N, K = tokens_BNK.shape
     if h * w != N or K % (patch * patch):
         raise ValueError(f"tokens of shape {tuple(tokens_BNK.shape)} do not fill a {h}x{w} grid with patch {patch}")
@@ -61,7 +63,7 @@ def check_finite(keys: Sequence[str], tokens: Tensor, text_BLE: Tensor) -> None:
     """
     for name, values in (("latents", tokens), ("text embeddings", text_BLE)):
         if not values.is_floating_point() or bool(torch.isfinite(values.sum())):
-            continue  # a sum of finite values is finite, and one pass over memory
+            continue  # one pass over memory; NaN and infinity would be in the sum
         broken = (~torch.isfinite(values).flatten(1).all(dim=1)).nonzero()[:, 0].tolist()
         if broken:
             shown = ", ".join(repr(keys[b]) for b in broken[:5])

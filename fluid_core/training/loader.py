@@ -264,6 +264,12 @@ class Collator:
         draws = draw_training(self.model, keys_B, self.model.num_tokens)
         tokens = self._tokens(rows, keys_B)
         check_finite(names, tokens, text_BLE)
+        if not tokens.is_floating_point() and int(tokens.max()) >= self.model.codebook_size:
+            wrong = names[int(tokens.amax(dim=1).argmax())]
+            raise ValueError(
+                f"sample {wrong!r} has code {int(tokens.max())}, but model.codebook_size is {self.model.codebook_size}: "
+                "set it to the image tokenizer's number of codes"
+            )
         return Batch(names, positions, torch.tensor(hashes), tokens, text_BLE, text_mask_BL, draws)
 
     def _tokens(self, rows: list[tuple[Rows, int]], keys_B: Tensor) -> Tensor:

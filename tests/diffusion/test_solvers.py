@@ -54,6 +54,8 @@ def test_recovers_mean_and_covariance_of_a_gaussian(objective: str, solver: str)
     # Monte-Carlo errors of 20,000 samples are 0.007; the rest is the solver's and the start at timestep 980.
     assert torch.allclose(x.mean(0), MEAN, atol=0.04), x.mean(0)
     assert torch.allclose(torch.cov(x.T), COVARIANCE, atol=0.04), torch.cov(x.T)
+    few = sample(objective, solver, 6).double()
+    assert torch.allclose(few.mean(0), MEAN, atol=0.04), "the mean is exact in any number of steps"
 
 
 @pytest.mark.parametrize("objective,first,second", [("eps", "ddim", "dpm2"), ("v", "ddim", "dpm2"), ("flow", "euler", "heun")])
@@ -124,5 +126,7 @@ def test_wrong_solvers_and_steps_are_refused() -> None:
         check_solver("flow", "plms", 10)
     with pytest.raises(ValueError, match="head_steps must be between 1 and 981, got 1000"):
         check_solver("eps", "ddpm", 1000)
+    with pytest.raises(ValueError, match=r"noise must be float32 \(tokens, channels\), got torch.float64 \(3,\)"):
+        solve("flow", "euler", optimal("flow"), MEAN, 4, 1.0, lambda i: MEAN)
     with pytest.raises(ValueError, match="head_steps must be at least 1, got 0"):
         check_solver("flow", "euler", 0)

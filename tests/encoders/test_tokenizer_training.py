@@ -120,7 +120,10 @@ def test_killed_and_resumed_equals_undisturbed(recipe_file, tmp_path, ray_sessio
 
 def test_vq_trains_with_the_same_pipeline(recipe_file, tmp_path, ray_session):
     overrides = ["image_tokenizer.kind=vq", "image_tokenizer.train.codebook_size=32", "image_tokenizer.train.workers=1"]
-    recipe = load_recipe(recipe_file, [*overrides, "model.tokens=discrete"])
+    overrides.append("model.tokens=discrete")
+    with pytest.raises(ValueError, match=r"model\.codebook_size 8192 is not image_tokenizer\.train\.codebook_size 32"):
+        load_recipe(recipe_file, overrides)
+    recipe = load_recipe(recipe_file, [*overrides, "model.codebook_size=32"])
     result = train_tokenizer(recipe, "f")
     assert set(result["metrics"]) == {"psnr_shapes", "codes_used", "perplexity"}
     assert result["metrics"]["codes_used"] > 0.2

@@ -9,6 +9,7 @@ import torch
 from tiny_fluid import TEXT_WIDTH, texts, tiny_model
 from torch import Tensor
 
+from fluid_core.generation import engine
 from fluid_core.generation.engine import DecodeSlot, GenerationRequest, decode_step, start, start_batch
 from fluid_core.generation.guidance import guidance_weight, guide
 from fluid_core.model.fluid import FluidModel
@@ -49,6 +50,15 @@ def test_linear_guidance_rises_with_the_tokens_generated() -> None:
     assert [round(weights[k], 2) for k in (0, 16, 32)] == [1.01, 1.17, 1.62] and weights[62] > 2.9 and weights[-1] == 3.0
     assert weights == sorted(weights)
     assert [guidance_weight("constant", 3.0, k, 256) for k in (1, 256)] == [3.0, 3.0]
+
+
+def test_every_step_is_guided_by_the_tokens_known_after_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One token a step, scale 3: at step k of 16 the weight of the linear schedule is 1 + 2 (k + 1) / 16."""
+    seen: list[float] = []
+    monkeypatch.setattr(engine, "guide", lambda c, u, weight, n: seen.append(float(weight[0, 0])) or guide(c, u, weight, n))
+    for order in ("random", "raster"):
+        generate(tiny_model(order=order), [request(num_steps=16, head_steps=1, solver="euler")])
+    assert seen == pytest.approx([1 + 2 * (k + 1) / 16 for k in range(16)] * 2)
 
 
 def test_guidance_pushes_away_from_the_unconditional_side() -> None:
@@ -130,8 +140,13 @@ def test_seeds_and_prompts_make_different_images() -> None:
 
 
 def test_every_token_has_noise_of_its_own() -> None:
-    noise = start(tiny_model(), request()).noise_NC
-    assert torch.cdist(noise, noise).add(100 * torch.eye(16)).min() > 1
+    slot = start(tiny_model(), request())
+    assert torch.cdist(slot.noise_NC, slot.noise_NC).add(100 * torch.eye(16)).min() > 1
+    alone = [[torch.tensor([place])] for place in range(16)]  # as when every token is made in a step of its own
+    steps = torch.cat([engine._step_noise([slot], places, 2, 16).flatten(0, 1) for places in alone])
+    assert torch.cdist(steps, steps).add(100 * torch.eye(32)).min() > 1, "of ddpm's steps"
+    codes = torch.cat([engine._sample_codes([slot], places, torch.zeros(1, 24)) for places in alone])
+    assert len(codes.unique()) > 6, "of the softmax"
 
 
 # Caches

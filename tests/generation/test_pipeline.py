@@ -10,8 +10,9 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from tiny_fluid import tiny_pipeline
+from tiny_fluid import tiny_model, tiny_pipeline
 
+from fluid_core.cli import main
 from fluid_core.generation import bundle
 from fluid_core.generation.editing import tokens_to_change, variation_tokens
 from fluid_core.generation.pipeline import FluidPipeline
@@ -60,6 +61,7 @@ def test_settings_have_effect(pipe: FluidPipeline) -> None:
     for change in (
         {"seed": 1}, {"num_steps": 16}, {"head_steps": 1}, {"guidance_scale": 6.0}, {"guidance_schedule": "constant"},
         {"temperature": 0.5}, {"negative_prompts": "a blue square"}, {"solver": "euler"}, {"order": "checkerboard"},
+        {"order": "raster"},
     ):  # fmt: skip
         assert difference(pipe("a red circle", **change)[0], base) > 0, change
     assert difference(pipe("a red circle")[0], base) == 0
@@ -90,11 +92,24 @@ def test_default_steps_shrink_to_a_small_grid(pipe: FluidPipeline) -> None:
     ({"negative_prompts": ["a", "b"]}, "2 negative_prompts for 1 prompts"),
     ({"negative_prompts": "a", "guidance_scale": 1.0}, "no effect at guidance_scale 1"),
     ({"seed": [1, 2]}, "2 seeds for 1 prompts"),
-    ({"batch_size": 0}, "batch_size must be at least 1"),
+    ({"batch_size": 0}, "batch_size must be a whole number of at least 1, got 0"),
+    ({"size": "32"}, r"size must be a side or \(width, height\) in whole pixels, got '32'"),
+    ({"size": (32, 32, 32)}, "in whole pixels"),
+    ({"num_steps": 4.5}, "num_steps must be a whole number, got 4.5"),
+    ({"head_steps": "3"}, "head_steps must be a whole number, got '3'"),
+    ({"seed": 1.5}, "seed must be a whole number, or one for each prompt, got 1.5"),
+    ({"seed": ["a"]}, "seed must be a whole number, got 'a'"),
+    ({"guidance_scale": float("nan")}, "guidance_scale must be a finite number, got nan"),
+    ({"temperature": "1"}, "temperature must be a finite number, got '1'"),
+    ({"guidance_schedule": ""}, "unknown guidance_schedule ''"),
+    ({"order": ""}, "unknown order ''"),
+    ({"prompts": [["a"]]}, r"prompts must be a string or a list of strings, got \[\['a'\]\]"),
+    ({"negative_prompts": 3}, "negative_prompts must be a string or a list of strings, got 3"),
+    ({"callback": 3}, "callback must be a function"),
 ])  # fmt: skip
 def test_bad_arguments_are_named(pipe: FluidPipeline, arguments: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        pipe(["a red circle"], **arguments)
+        pipe(**{"prompts": ["a red circle"], **arguments})
 
 
 def test_settings_without_effect_are_errors(tmp_path: Path) -> None:
@@ -154,6 +169,10 @@ def test_outpainting_and_variations(pipe: FluidPipeline) -> None:
     assert pipe.outpaint(image, (48, 40), (8, 8), "a red circle").size == (48, 40)
     with pytest.raises(ValueError, match="does not fit into 40x40"):
         pipe.outpaint(image, (40, 40), (16, 0), "a red circle")
+    with pytest.raises(ValueError, match="nothing to make up around it"):
+        pipe.outpaint(image, (32, 32), (0, 0), "a red circle")
+    with pytest.raises(ValueError, match=r"size must be \(width, height\) in whole pixels, got 48"):
+        pipe.outpaint(image, 48, (0, 0), "a red circle")  # type: ignore[arg-type]
     few, many = (pipe.edit_request(image, None, "a", strength=s).known_mask_N.sum() for s in (0.25, 0.75))
     assert (int(few), int(many)) == (12, 4)
     assert difference(pipe.edit(image, None, "a", strength=0.5, seed=1), pipe.edit(image, None, "a", strength=0.5, seed=2)) > 0
@@ -169,9 +188,11 @@ def test_bad_edits_are_named(pipe: FluidPipeline) -> None:
         ({"mask": np.ones((8, 8))}, r"the mask is \(8, 8\), the image \(32, 32\)"),
         ({"mask": None, "strength": 1.5}, "strength must be above 0 and at most 1"),
         ({"mask": np.ones((32, 32)), "size": 64}, "an edit keeps the image's size"),
+        ({"mask": np.eye(32), "dilate": -1}, "dilate must be a number of token rings, 0 or more, got -1"),
+        ({"mask": np.eye(32), "image": np.zeros((32, 32, 3))}, "image must be a PIL image, got ndarray"),
     ):
         with pytest.raises(ValueError, match=message):
-            pipe.edit(image, prompt="a", **arguments)
+            pipe.edit(**{"image": image, "prompt": "a", **arguments})
     with pytest.raises(ValueError, match="multiples of 8"):
         pipe.edit(Image.new("RGB", (30, 32)), np.ones((32, 30)), "a")
 
@@ -268,6 +289,10 @@ def test_parts_that_do_not_fit_are_refused(pipe: FluidPipeline, tmp_path: Path) 
         FluidPipeline(pipe.model, other.image_tokenizer, pipe.text_encoder, pipe.generation, [0.0] * 4, [1.0] * 4)
     with pytest.raises(ValueError, match="need latent_mean and latent_std"):
         FluidPipeline(pipe.model, pipe.image_tokenizer, pipe.text_encoder, pipe.generation)
+    with pytest.raises(ValueError, match="image tokenizer of 24 codes does not go with the model's codebook_size 16"):
+        FluidPipeline(
+            tiny_model(tokens="discrete", codebook_size=16), other.image_tokenizer, pipe.text_encoder, pipe.generation
+        )
     with pytest.raises(ValueError, match="latent statistics for 3 channels"):
         FluidPipeline(pipe.model, pipe.image_tokenizer, pipe.text_encoder, pipe.generation, [0.0] * 3, [1.0] * 3)
 
@@ -280,6 +305,8 @@ def test_bf16_keeps_the_eps_head_in_fp32(tmp_path: Path) -> None:
     assert pipe("a red circle")[0].size == (32, 32)
     with pytest.raises(ValueError, match="dtype 'fp16': use one of fp32, bf16"):
         FluidPipeline.from_pretrained(folder, dtype="fp16")
+    with pytest.raises(ValueError, match="device 'gpu' cannot be used here"):
+        FluidPipeline.from_pretrained(folder, device="gpu")
 
 
 # The command line, and watching
@@ -298,7 +325,7 @@ def test_reveal_shows_unknown_tokens_grey(pipe: FluidPipeline, tmp_path: Path) -
     assert grey.sum() == 32 - known
 
 
-def test_generate_command(bundle_folder: Path, tmp_path: Path) -> None:
+def test_generate_command(bundle_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = [sys.executable, "-m", "fluid_core.cli", "generate", "a red circle", "two squares", "--model", str(bundle_folder)]
     done = subprocess.run(
         [*command, "-n", "2", "--seed", "7", "-o", str(tmp_path), "--reveal", str(tmp_path / "r.gif"), "--size", "32x16"],
@@ -310,5 +337,10 @@ def test_generate_command(bundle_folder: Path, tmp_path: Path) -> None:
     with Image.open(tmp_path / "00003.png") as image:
         expected = FluidPipeline.from_pretrained(bundle_folder)("two squares", seed=10, size=(32, 16))[0]
         assert difference(image, expected) <= 1
-    failed = subprocess.run([*command, "--size", "big"], capture_output=True, text=True)
-    assert failed.returncode == 2 and "error: --size 'big': write SIDE or WIDTHxHEIGHT" in failed.stderr
+    for wrong, message in (
+        (["--size", "big"], "error: --size 'big': write SIDE or WIDTHxHEIGHT"),
+        (["--reveal", "r.mp4"], "error: --reveal r.mp4: the animation is a GIF"),
+    ):
+        with pytest.raises(SystemExit) as end:
+            main([*command[3:], *wrong])
+        assert end.value.code == 2 and message in capsys.readouterr().err

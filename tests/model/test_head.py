@@ -8,6 +8,7 @@ from tiny_fluid import TEXT_WIDTH, padded, texts, tiny_config, tiny_model
 from torch import nn
 
 from fluid_core.diffusion.objectives import add_noise, token_loss
+from fluid_core.diffusion.solvers import SOLVERS, solve
 from fluid_core.model.draws import draw_training
 from fluid_core.model.fluid import FluidModel
 from fluid_core.random import sample_keys
@@ -136,11 +137,10 @@ def test_the_eps_head_and_its_loss_compute_in_fp32(weights: torch.dtype, autocas
     assert torch.equal(out, exact(x, step, exact.embed_condition(z)))
 
 
-def test_flow_head_in_bf16_stays_close_to_fp32() -> None:
-    """Straight paths do not amplify: the whole solver's result moves by no more than a few roundings."""
-    from fluid_core.diffusion.solvers import solve
-
-    model = tiny_model(objective="flow", head_precision="bf16")
+@pytest.mark.parametrize("objective,solver", [(arm, solver) for arm in ("flow", "v") for solver in SOLVERS[arm]])
+def test_flow_and_v_heads_in_bf16_stay_close_to_fp32(objective: str, solver: str) -> None:
+    """Neither velocity nor v amplifies: every solver's result moves by no more than a few roundings of the head's output."""
+    model = tiny_model(objective=objective, head_precision="bf16")
     exact = copy.deepcopy(model)
     exact.head.precision = torch.float32
     z, noise = torch.randn(200, 32), torch.randn(200, 16)
@@ -151,7 +151,7 @@ def test_flow_head_in_bf16_stays_close_to_fp32() -> None:
         def predict(x: torch.Tensor, t: float, head: nn.Module = head, condition: torch.Tensor = condition) -> torch.Tensor:
             return head(x, torch.tensor([t]), condition)
 
-        results.append(solve("flow", "heun", predict, noise, 10, 1.0, lambda i: noise))
+        results.append(solve(objective, solver, predict, noise, 10, 1.0, lambda i: noise.roll(i, 0)))
     error = (results[0] - results[1]).square().mean().sqrt()
     output = exact.head(noise, torch.tensor([500.0]), exact.head.embed_condition(z)).square().mean().sqrt()
     assert 0 < error < 0.02 * output.clamp(min=1.0)

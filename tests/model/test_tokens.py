@@ -35,6 +35,8 @@ def test_bad_shapes_are_named() -> None:
         patchify(torch.zeros(4, 4, 4), 2)
     with pytest.raises(ValueError, match="do not fill a 3x3 grid"):
         unpatchify(torch.zeros(1, 8, 16), 2, (3, 3))
+    with pytest.raises(ValueError, match=r"tokens must be \(batch, tokens, channels\), got shape \(9, 16\)"):
+        unpatchify(torch.zeros(9, 16), 2, (3, 3))
     with pytest.raises(ValueError, match="one value for each of 4 channels"):
         normalise(torch.zeros(1, 4, 2, 2), [0.0], [1.0])
 

@@ -7,8 +7,10 @@ import pytest
 import torch
 from small_run import small_recipe, write_dataset
 
-from fluid_core.latents.reader import EncodedDataset
-from fluid_core.training.loader import Loader, Slicing, check_datasets
+from fluid_core.config import ModelConfig
+from fluid_core.latents.reader import EncodedDataset, Rows
+from fluid_core.random import sample_keys
+from fluid_core.training.loader import Batch, Collator, Loader, Slicing, check_datasets
 from fluid_core.training.order import BLOCK, DatasetOrder, MixtureOrder
 
 
@@ -93,6 +95,28 @@ def test_an_epoch_holds_every_row_once_and_epochs_draw_anew(root: Path, tmp_path
     assert [k for b in second for k in b.keys] != keys
     place = {key: batch.tokens[i] for batch in second for i, key in enumerate(batch.keys)}
     assert not torch.equal(place[keys[0]], first[0].tokens[0])
+
+
+def test_a_broken_sample_is_named_and_not_trained_on(root: Path, tmp_path: Path) -> None:
+    data, model, keys = EncodedDataset(str(root)), small_recipe(tmp_path).model, sample_keys(0, torch.arange(8))
+
+    def collate(rows: Rows, model: ModelConfig = model) -> Batch:
+        return Collator(data.manifest, model)([(rows, i) for i in range(8)], list(range(8)), keys)
+
+    rows = data.read_group(0, 0)
+    assert rows.moments is not None and rows.text is not None and len(collate(rows).keys) == 8
+    rows.moments[2, 0, 3, 3] = float("nan")
+    with pytest.raises(ValueError, match=f"NaN or infinite latents in 1 sample.s.: '{rows.keys[2]}'"):
+        collate(rows)
+    rows.moments[2, 0, 3, 3], rows.text[5][1, 0] = 0.0, float("inf")
+    with pytest.raises(ValueError, match=f"NaN or infinite text embeddings in 1 sample.s.: '{rows.keys[5]}'"):
+        collate(rows)
+    rows.text[5][1, 0], rows.codes = 0.0, torch.zeros(8, 4, 4, dtype=torch.int64)
+    discrete = model.model_copy(update={"tokens": "discrete", "codebook_size": 24})
+    assert len(collate(rows, discrete).keys) == 8
+    rows.codes[4, 1, 1] = 24
+    with pytest.raises(ValueError, match=f"sample '{rows.keys[4]}' has code 24, but model.codebook_size is 24"):
+        collate(rows, discrete)
 
 
 def test_stream_starts_anywhere_and_raises_what_the_thread_met(root: Path, tmp_path: Path) -> None:
