@@ -31,7 +31,6 @@ class _Group:
     image: Member | None = None
     texts: dict[str, Member] = field(default_factory=dict)
     metadata: Member | None = None
-    order: int = 0
 
 
 def read_tar(
@@ -39,12 +38,11 @@ def read_tar(
     caption_fields: tuple[str, ...] = (),
     start: int = 0,
     stop: int | None = None,
-    expected: list[str] | None = None,
 ) -> Iterator[RawSample | Rejected]:
     """Samples of a webdataset tar, in the order in which their keys first appear.
 
     A key is the member's name without its known extension, so keys may contain dots. Further captions of `KEY.jpg` may lie in
-    `KEY.NAME.txt`. `expected`: keys that the index file of img2dataset promises; those that the tar lacks are reported.
+    `KEY.NAME.txt`.
     """
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -60,39 +58,48 @@ def read_tar(
             yield Rejected(plain_name(name), "caption_without_image", "no image member has this key")
         for key, group in groups.items():
             yield _tar_sample(descriptor, plain_name(key), group, caption_fields)
-        if expected is not None:
-            present = {plain_name(key) for key in groups}
-            for key in expected:
-                if key not in present:
-                    yield Rejected(key, "missing_member", "the shard's index file lists it, the archive does not hold it")
     finally:
         os.close(descriptor)
 
 
 def read_shard(shard: PlannedShard, scratch: Path, caption_fields: Sequence[str] = ()) -> Iterator[RawSample | Rejected]:
-    """Samples of a planned shard; what lies on S3 is fetched into `scratch` first: a broken connection costs no sample."""
-    fields = tuple(caption_fields)
+    """Samples of a planned shard; what lies on S3 is fetched into `scratch` first: a broken connection costs no sample.
+
+    Keys that the index file of img2dataset promises, and that are not there, come last as `missing_member`.
+    """
     storage = open_storage(shard.root)
+    whole = not shard.start and shard.stop < 0
+    expected = _index_keys(storage, shard.name, scratch) if whole and shard.format != "parquet" else []
+    seen: set[str] = set()
+    for sample in _read(shard, storage, scratch, tuple(caption_fields)):
+        if expected:
+            seen.add(sample.key)
+        yield sample
+    for key in expected:
+        if key not in seen:
+            yield Rejected(key, "missing_member", "the shard's index file lists it, the shard does not hold it")
+
+
+def _read(shard: PlannedShard, storage: Storage, scratch: Path, fields: tuple[str, ...]) -> Iterator[RawSample | Rejected]:
     stop = None if shard.stop < 0 else shard.stop
     if shard.format == "tar":
-        path = storage.fetch(shard.name, scratch)
-        expected = None if shard.start or stop is not None else _index_keys(storage, shard.name, scratch)
-        yield from read_tar(path, fields, shard.start, stop, expected)
-    elif shard.format == "parquet":
-        yield from read_parquet(storage, shard.name, scratch, fields, MAX_IMAGE_BYTES, shard.start, stop)
-    else:
-        yield from read_files(storage, shard.name, fields, MAX_IMAGE_BYTES)
+        return read_tar(storage.fetch(shard.name, scratch), fields, shard.start, stop)
+    if shard.format == "parquet":
+        return read_parquet(storage, shard.name, scratch, fields, MAX_IMAGE_BYTES, shard.start, stop)
+    return read_files(storage, shard.name, fields, MAX_IMAGE_BYTES)
 
 
-def _index_keys(storage: Storage, name: str, scratch: Path) -> list[str] | None:
-    """Keys of the successful downloads in img2dataset's index (`00000.parquet` beside `00000.tar`), where there is one."""
+def _index_keys(storage: Storage, name: str, scratch: Path) -> list[str]:
+    """Keys of the successful downloads in img2dataset's index (`00000.parquet` beside `00000.tar` or the folder `00000`),
+    where there is one."""
     index = f"{name.removesuffix('.tar')}.parquet"
     if storage.size_or_none(index) is None:
-        return None
+        return []
+    path = storage.fetch(index, scratch)
     try:
-        table = pq.read_table(storage.fetch(index, scratch), columns=["key", "status"])
+        table = pq.read_table(path, columns=["key", "status"])
     except (pa.ArrowException, OSError, KeyError):  # another program's file
-        return None
+        return []
     return [
         key for key, status in zip(table["key"].to_pylist(), table["status"].to_pylist(), strict=True) if status == "success"
     ]

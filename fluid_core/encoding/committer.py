@@ -7,7 +7,6 @@ first is validated and adopted, so that the record always describes the bytes th
 import errno
 import logging
 import shutil
-import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,8 @@ from fluid_core.data.filters import count_reasons
 from fluid_core.data.storage import Storage, TransientError, open_storage
 from fluid_core.encoding.chunks import Dropped, EncodedChunk
 from fluid_core.encoding.ledger import Ledger, ShardRecord
-from fluid_core.encoding.operators import no_space
+from fluid_core.encoding.operators import freeze_imports
+from fluid_core.encoding.scratch import no_space, scratch_folder
 from fluid_core.encoding.settings import EncodeSettings
 from fluid_core.encoding.statistics import Histograms, LatentStatistics
 from fluid_core.latents.writer import RowGroupWriter, file_sha256, latents_writer, text_writer, write_quarantine
@@ -172,6 +172,7 @@ class Committer:
         self.open: dict[tuple[str, str], ShardFiles] = {}
         self.closed: dict[tuple[str, str], Failure | None] = {}
         self.taken = 0
+        freeze_imports()
 
     def add(self, chunk: EncodedChunk) -> Failure | None:
         """Take a chunk (again, harmlessly); returns what is wrong with its shard, if anything is."""
@@ -182,8 +183,7 @@ class Committer:
         storage = open_storage(chunk.output)
         try:
             if where not in self.open:
-                parent = self.settings.scratch or storage.scratch()
-                folder = Path(tempfile.mkdtemp(prefix="fluid-shard-", dir=parent))
+                folder = scratch_folder("fluid-shard-", self.settings.scratch or storage.scratch())
                 self.open[where] = ShardFiles(chunk, self.settings, folder)
             files = self.open[where]
             if chunk.sequence >= files.next_sequence:

@@ -5,12 +5,12 @@ are compared, part by part, and each shard gets the list of positions that it mu
 a restart uses the same ones. When the sources have grown since, shards that are committed keep what they hold.
 """
 
+import errno
 import hashlib
 import json
-import tempfile
+import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,6 +25,7 @@ from fluid_core.data.reader import read_shard
 from fluid_core.data.samples import Rejected
 from fluid_core.data.storage import Storage, TransientError, absolute, open_storage
 from fluid_core.encoding.ledger import Ledger
+from fluid_core.encoding.scratch import no_space, scratch_folder
 from fluid_core.encoding.settings import EncodeSettings
 from fluid_core.latents.reader import EncodedDataset
 
@@ -55,6 +56,7 @@ class HashShards:
 
     def __init__(self, settings: EncodeSettings):
         self.settings = settings
+        self.filter = SampleFilter(settings.filters, OptOut.read(settings.filters.opt_out))
 
     def __call__(self, batch: dict[str, Any]) -> Iterator[dict[str, list[str]]]:
         for text in batch["work"]:
@@ -62,20 +64,26 @@ class HashShards:
             failure = ""
             try:
                 self.hash_shard(PlannedShard(**work["shard"]), open_storage(work["output"]))
-            except (ValueError, TransientError, PermissionError) as error:
+            except (ValueError, TransientError, PermissionError, FileNotFoundError) as error:
                 failure = str(error)
+            except OSError as error:
+                if error.errno != errno.ENOSPC:
+                    raise
+                failure = no_space(self.settings.scratch)
             yield {"failure": [failure]}
 
     def hash_shard(self, shard: PlannedShard, output: Storage) -> None:
-        sample_filter = SampleFilter(self.settings.filters, OptOut.read(self.settings.filters.opt_out))
         hexes, positions = [], []
-        with tempfile.TemporaryDirectory(prefix="fluid-hash-", dir=self.settings.scratch) as scratch:
-            for position, sample in enumerate(read_shard(shard, Path(scratch), self.settings.caption_fields)):
+        scratch = scratch_folder("fluid-hash-", self.settings.scratch)
+        try:
+            for position, sample in enumerate(read_shard(shard, scratch, self.settings.caption_fields)):
                 if not isinstance(sample, Rejected):
                     sha256 = image_sha256(sample.image)
-                    if sample_filter.reason(sample, sha256) is None:
+                    if self.filter.reason(sample, sha256) is None:
                         hexes.append(sha256)
                         positions.append(position)
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
         output.put_bytes(records_of(hexes, positions).tobytes(), hashes_name(shard.id), overwrite=False)
 
 

@@ -1,10 +1,11 @@
 """The two heavy operators: read, filter and decode (CPU tasks), and encode (actors that hold the VAE and T5)."""
 
 import errno
+import functools
+import gc
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from fluid_core.data.samples import Rejected
 from fluid_core.data.storage import TransientError, open_storage
 from fluid_core.encoding.chunks import DecodedChunk, Dropped, EncodedChunk, SampleRecord
 from fluid_core.encoding.duplicates import dropped_name
+from fluid_core.encoding.scratch import no_space, scratch_folder
 from fluid_core.encoding.settings import EncodeSettings
 from fluid_core.latents.text import pack_embedding, unpack_embedding
 from fluid_core.latents.writer import null_text, tensor_bytes
@@ -32,20 +34,23 @@ class ReadDecode:
 
     def __init__(self, settings: EncodeSettings):
         self.settings = settings
+        # Read where the run is started, and sent along: the list need not lie on the workers' machines.
+        self.filter = SampleFilter(settings.filters, OptOut.read(settings.filters.opt_out))
 
     def __call__(self, batch: dict[str, Any]) -> Iterator[dict[str, list[Any]]]:
         torch.set_num_threads(1)
+        freeze_imports()
         for text in batch["work"]:
             yield from self.chunks(json.loads(text))
 
     def chunks(self, work: dict[str, Any]) -> Iterator[dict[str, list[Any]]]:
         shard = PlannedShard(**work["shard"])
         chunk, pixels = DecodedChunk(work["shard"], work["output"], 0, last=False), []
-        scratch = Path(tempfile.mkdtemp(prefix="fluid-read-", dir=self.settings.scratch))
+        scratch: Path | None = None
         try:
-            sample_filter = SampleFilter(self.settings.filters, OptOut.read(self.settings.filters.opt_out))
+            scratch = scratch_folder("fluid-read-", self.settings.scratch)
             duplicates = _duplicates(work) if self.settings.filters.deduplicate else set()
-            for decoded in self._samples(shard, sample_filter, scratch, duplicates):
+            for decoded in self._samples(shard, scratch, duplicates):
                 if isinstance(decoded, Dropped):
                     chunk.dropped.append(decoded)
                 else:
@@ -62,13 +67,14 @@ class ReadDecode:
         except OSError as error:
             if error.errno != errno.ENOSPC:
                 raise
-            chunk.failure = {"kind": "fatal", "message": no_space(scratch)}
+            chunk.failure = {"kind": "fatal", "message": no_space(scratch or self.settings.scratch)}
         finally:
-            shutil.rmtree(scratch, ignore_errors=True)
+            if scratch is not None:
+                shutil.rmtree(scratch, ignore_errors=True)
         yield chunk.to_row(pixels)
 
     def _samples(
-        self, shard: PlannedShard, sample_filter: SampleFilter, scratch: Path, duplicates: set[int]
+        self, shard: PlannedShard, scratch: Path, duplicates: set[int]
     ) -> Iterator[Dropped | tuple[SampleRecord, NDArray[np.uint8]]]:
         options = self.settings.decode
         for position, sample in enumerate(read_shard(shard, scratch, self.settings.caption_fields)):
@@ -76,7 +82,7 @@ class ReadDecode:
                 yield Dropped(sample.key, "quarantined", sample.reason, sample.detail, sample.sha256)
                 continue
             sha256 = image_sha256(sample.image)
-            reason = "duplicate" if position in duplicates else sample_filter.reason(sample, sha256)
+            reason = "duplicate" if position in duplicates else self.filter.reason(sample, sha256)
             if reason is not None:
                 yield Dropped(sample.key, "filtered", reason, "", sha256)
                 continue
@@ -101,8 +107,11 @@ def _duplicates(work: dict[str, Any]) -> set[int]:
     return set(np.frombuffer(data or b"", dtype="<i8").tolist())
 
 
-def no_space(folder: Path | str) -> str:
-    return f"no space left on the disk of {folder}; free some, or name another folder with encode.scratch"
+@functools.cache
+def freeze_imports() -> None:
+    """Once a process: what its imports made is no garbage. Walking it (half a million objects) would cost the collector as
+    much time as decoding a few thousand images."""
+    gc.freeze()
 
 
 class Encode:
@@ -125,8 +134,14 @@ class Encode:
         self.text_encoder = TextEncoder.from_pretrained(
             settings.text_path, settings.text_revision, settings.text_max_tokens, settings.text_encoder_dtype, self.device
         )
-        assert self.image_tokenizer.stride == settings.encoders.stride
-        assert self.text_encoder.width == settings.encoders.text["width"]
+        for name, encoder in (("image", self.image_tokenizer), ("text", self.text_encoder)):
+            wanted, found = getattr(settings.encoders, name), encoder.identity()
+            if found["sha256"] != wanted["sha256"]:
+                raise ValueError(
+                    f"{found['path']} holds other weights on this worker than where the run was started: "
+                    f"sha256 {found['sha256'][:12]}, expected {wanted['sha256'][:12]}"
+                )
+        freeze_imports()
         self._store_null_text(outputs)
 
     def _store_null_text(self, outputs: list[str]) -> None:

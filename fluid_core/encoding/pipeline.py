@@ -57,11 +57,10 @@ def _record(stage: Stage, recipe: Recipe, roots: list[str], manifests: list[Mani
         "encode/seconds": round(throughput.seconds, 2),
         "encode/megabytes": round(sum(s.bytes + s.text_bytes for m in manifests for s in m.shards) / 1e6, 3),
     }
-    if throughput.samples:
-        with Tracker(recipe.registry.tracking_uri, recipe.registry.experiment, "encode_dataset") as tracker:
-            tracker.log_metrics({**metrics, **{f"encode/{name}": float(number) for name, number in counts.items()}}, step=0)
-            for root, manifest in zip(roots, manifests, strict=True):
-                tracker.log_dataset(root, manifest.hash, root)
+    with Tracker(recipe.registry.tracking_uri, recipe.registry.experiment, "encode_dataset") as tracker:
+        tracker.log_metrics({**metrics, **{f"encode/{name}": float(number) for name, number in counts.items()}}, step=0)
+        for root, manifest in zip(roots, manifests, strict=True):
+            tracker.log_dataset(root, manifest.hash, root)
     stage.finish(
         outputs=[f"{root}/manifest.json" for root in roots],
         metrics=metrics,

@@ -19,6 +19,7 @@ from fluid_core.data.storage import Storage, absolute, open_storage
 from fluid_core.encoding.duplicates import find_duplicates
 from fluid_core.encoding.ledger import Ledger
 from fluid_core.encoding.manifest import build_manifest, read_null_text
+from fluid_core.encoding.progress import EncodingProgress
 from fluid_core.encoding.settings import EncodeSettings
 from fluid_core.latents.manifest import Manifest
 
@@ -81,18 +82,7 @@ def prepare_output(sources: list[str], root: str, settings: EncodeSettings, forc
     for shard in plan:
         if shard.duplicate_of:
             print(f"refused: {shard.uri} has the same bytes as {shard.duplicate_of}", file=sys.stderr)
-    fingerprint = settings.fingerprint()
-    there = json.loads(storage.read_or_none("_settings.json") or b"{}")
-    if there.get("hash") != settings.hash:
-        if there and Ledger(storage).ids():
-            changed = sorted(name for name in fingerprint if fingerprint[name] != there["settings"].get(name))
-            raise ValueError(
-                f"{root} holds a data set made with other settings ({', '.join(changed)} differ): "
-                "name another encode.output, or --force to encode it anew"
-            )
-        _clear(storage)  # what a first run with other settings left that committed nothing
-        wanted = {"settings": fingerprint, "hash": settings.hash}
-        storage.put_bytes((json.dumps(wanted, indent=1, sort_keys=True) + "\n").encode(), "_settings.json", overwrite=True)
+    if not claim(storage, settings):
         before = None
     buffer = io.BytesIO()
     pq.write_table(plan_table(plan), buffer, compression="zstd")
@@ -101,14 +91,39 @@ def prepare_output(sources: list[str], root: str, settings: EncodeSettings, forc
     return Output(sources, root, plan, storage)
 
 
+def claim(storage: Storage, settings: EncodeSettings) -> bool:
+    """Write down the settings where there are none. False when files of other settings, none of them committed, had to go.
+
+    Raises:
+        ValueError: something is committed with other settings.
+    """
+    fingerprint = settings.fingerprint()
+    wanted = (json.dumps({"settings": fingerprint, "hash": settings.hash}, indent=1, sort_keys=True) + "\n").encode()
+    # Of two encoders that start at once, one writes and both read the same.
+    storage.put_bytes(wanted, SETTINGS, overwrite=False)
+    there = json.loads(storage.read_or_none(SETTINGS) or wanted)
+    if there["hash"] == settings.hash:
+        return True
+    if Ledger(storage).ids():
+        changed = sorted(name for name in fingerprint if fingerprint[name] != there["settings"].get(name))
+        raise ValueError(
+            f"{storage.root} holds a data set made with other settings ({', '.join(changed)} differ): "
+            "name another encode.output, or --force to encode it anew"
+        )
+    _clear(storage)
+    storage.put_bytes(wanted, SETTINGS, overwrite=True)
+    return False
+
+
 def _clear(storage: Storage) -> None:
     for stored in list(storage.list()):
         if stored.name.split("/")[0] in OWN_NAMES:
             storage.delete(stored.name)
 
 
+SETTINGS = "_settings.json"
 OWN_NAMES = {
-    "manifest.json", "plan.parquet", "_settings.json", "_null_text.json", "_throughput.json", "_ledger", "latents", "text",
+    "manifest.json", "plan.parquet", SETTINGS, "_null_text.json", "_throughput.json", "_ledger", "latents", "text",
     "quarantine", "_duplicates",
 }  # fmt: skip
 
@@ -181,8 +196,8 @@ def _run_graph(
     failures: dict[str, dict[str, str]] = {}
     started = time.monotonic()
     try:
-        with tqdm(total=len(work), desc="encoding", unit="shard", disable=None, mininterval=0.5) as bar:
-            samples = bad = delivered = 0
+        with EncodingProgress([absolute(output.root) for output, _ in work]) as progress:
+            samples = delivered = 0
             first: tuple[int, float] | None = None
             looked = started
             for report in _reports(work, settings, config, committers):
@@ -196,11 +211,9 @@ def _run_graph(
                     looked = time.monotonic()
                 if any(failure["kind"] == "fatal" for failure in failures.values()):
                     break
-                samples += report["done"] + report["dropped"]
-                bad += report["bad"]
-                rate = samples / (time.monotonic() - started)
-                bar.set_postfix_str(f"{samples} images, {rate:.0f}/s, bad {bad / max(samples, 1):.2%}", refresh=False)
-                bar.update(int(report["last"] and failure is None))
+                images = report["done"] + report["dropped"]
+                samples += images
+                progress.count(report["output"], images, report["bad"], last=report["last"] and failure is None)
                 first = first or (samples, time.monotonic())
             else:
                 _settle(committers, delivered)

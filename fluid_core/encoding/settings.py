@@ -109,8 +109,9 @@ def resolve_settings(recipe: Recipe) -> EncodeSettings:
         ValueError: an encoder that is not there, or an image size that its stride does not divide.
     """
     image, text, encode = recipe.image_tokenizer, recipe.text_encoder, recipe.encode
-    image_folder = encoder_folder(image.path, image.revision, "image_tokenizer")
-    text_folder = encoder_folder(text.path, text.revision, "text_encoder")
+    # A branch of the hub may move while the run goes on: the workers load the commit that was found here.
+    image_folder, image_commit = encoder_folder(image.path, image.revision, "image_tokenizer")
+    text_folder, text_commit = encoder_folder(text.path, text.revision, "text_encoder")
     vae = json.loads((image_folder / "config.json").read_text())
     t5 = json.loads((text_folder / "config.json").read_text())
     wanted = {"kl": "AutoencoderKL", "vq": "VQModel"}[image.kind]
@@ -122,10 +123,10 @@ def resolve_settings(recipe: Recipe) -> EncodeSettings:
     if recipe.data.image_size % stride:
         raise ValueError(f"data.image_size {recipe.data.image_size} is not a multiple of the image tokenizer's stride {stride}")
     facts = EncoderFacts(
-        image={"path": image.path, "kind": image.kind, "revision": image.revision, "sha256": weights_sha256(image_folder)},
+        image={"path": image.path, "kind": image.kind, "revision": image_commit, "sha256": weights_sha256(image_folder)},
         text={
             "path": text.path,
-            "revision": text.revision,
+            "revision": text_commit,
             "sha256": weights_sha256(text_folder),
             "max_tokens": text.max_tokens,
             "width": t5["d_model"],
@@ -153,26 +154,26 @@ def resolve_settings(recipe: Recipe) -> EncodeSettings:
         max_bad_ratio=encode.max_bad_ratio,
         encoders=facts,
         image_path=_absolute(image.path),
-        image_revision=image.revision,
+        image_revision=image_commit,
         text_path=_absolute(text.path),
-        text_revision=text.revision,
+        text_revision=text_commit,
         text_max_tokens=text.max_tokens,
         text_encoder_dtype=text.dtype,
         gpus_per_worker=encode.gpus_per_worker,
         threads=encode.threads_per_worker,
-        scratch=_absolute(encode.scratch) if encode.scratch else None,
+        scratch=str(Path(encode.scratch).resolve()) if encode.scratch else None,
     )
 
 
-def encoder_folder(path: str, revision: str | None, what: str) -> Path:
-    """The local folder of an encoder; a hub id is fetched into the hub's cache first.
+def encoder_folder(path: str, revision: str | None, what: str) -> tuple[Path, str | None]:
+    """(the local folder of an encoder, its commit on the hub); a hub id is fetched into the hub's cache first.
 
     Raises:
         ValueError: neither a folder with a config.json nor a hub id that can be fetched.
     """
     local = Path(path)
     if (local / "config.json").is_file():
-        return local
+        return local, None
     parts = path.split("/")
     if local.is_dir() or len(parts) < 2 or path.startswith(("/", ".")):
         raise ValueError(f"{what}: {path} holds no encoder (no config.json); run the stage that makes it, or name a hub id")
@@ -181,15 +182,15 @@ def encoder_folder(path: str, revision: str | None, what: str) -> Path:
     try:
         wanted = ["*.json", "*.safetensors", "*.model", "*.txt"]
         patterns = [f"{'/'.join([*parts[2:], ''])}{pattern}" for pattern in wanted]
-        snapshot = snapshot_download("/".join(parts[:2]), revision=revision, allow_patterns=patterns)
+        snapshot = Path(snapshot_download("/".join(parts[:2]), revision=revision, allow_patterns=patterns))
     except Exception as error:  # the hub client raises a dozen kinds
         raise ValueError(
             f"{what}: folder {path} does not exist (`make demo` makes the demo's) and the hub did not give it: {str(error).splitlines()[0]}"
         ) from None
-    folder = Path(snapshot, *parts[2:])
+    folder = snapshot.joinpath(*parts[2:])
     if not (folder / "config.json").is_file():
         raise ValueError(f"{what}: {path} has no config.json on the hub; name the subfolder, as in organisation/name/vae")
-    return folder
+    return folder, snapshot.name
 
 
 def _absolute(path: str) -> str:

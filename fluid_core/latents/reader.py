@@ -14,8 +14,10 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from fluid_core.data.storage import Storage, open_storage
@@ -129,8 +131,10 @@ class EncodedDataset:
     def rows_of(self, table: pa.Table, latent_size: tuple[int, int], choose_caption: ChooseCaption | None = None) -> Rows:
         """What a table of `read_table`, or some of its rows, holds; `latent_size` is (H, W)."""
         keys = table["key"].to_pylist()
-        captions = table["captions"].to_pylist()
-        chosen = [choose_caption(key, len(c)) if choose_caption else 0 for key, c in zip(keys, captions, strict=True)]
+        chosen = np.zeros(len(keys), dtype=np.int64)
+        if choose_caption:
+            counts = pc.list_value_length(table["captions"]).to_pylist()
+            chosen[:] = [choose_caption(key, count) for key, count in zip(keys, counts, strict=True)]
         height, width = latent_size
 
         def tensor(name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor | None:
@@ -148,7 +152,7 @@ class EncodedDataset:
             text = [unpack_embedding(value, text_width, dtype) for value in _pick(table["embeddings"], chosen)]
         return Rows(
             keys=keys,
-            captions=[c[i] for c, i in zip(captions, chosen, strict=True)],
+            captions=_pick(table["captions"], chosen),
             metadata=table["metadata"].to_pylist() if "metadata" in table.column_names else [],
             moments=tensor("moments", torch.bfloat16, moment_shape),
             moments_flip=tensor("moments_flip", torch.bfloat16, moment_shape),
@@ -182,18 +186,30 @@ class EncodedDataset:
 
 
 def stack_column(column: pa.ChunkedArray, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
-    """A binary column whose values all have one length, as a tensor (n, *shape) over one contiguous copy of its bytes."""
-    parts = []
-    for chunk in column.chunks:
-        if len(chunk) == 0:
-            continue
-        offsets = np.frombuffer(chunk.buffers()[1], dtype=np.int32)[chunk.offset : chunk.offset + len(chunk) + 1]
-        parts.append(np.frombuffer(chunk.buffers()[2], dtype=np.uint8)[offsets[0] : offsets[-1]])
-    # One copy: Arrow's buffers are read-only and torch tensors are not.
-    flat = torch.from_numpy(np.concatenate(parts) if parts else np.empty(0, dtype=np.uint8))
+    """A binary column whose values all have one length, as a tensor (n, *shape).
+
+    A column of one chunk, as a row group is read, is not copied: the tensor lies over Arrow's buffer, which it keeps alive.
+    Do not write into it: other tensors, and other processes where the table comes from Ray, may hold the same memory.
+    """
+    parts = [_chunk_bytes(chunk) for chunk in column.chunks if len(chunk)]
+    flat = parts[0] if len(parts) == 1 else torch.cat([torch.empty(0, dtype=torch.uint8), *parts])
     return flat.view(dtype).reshape(len(column), *shape)
 
 
-def _pick(column: pa.ChunkedArray, chosen: list[int]) -> list[bytes]:
-    """From a list<binary> column, the chosen value of each row."""
-    return [values[index].as_py() for values, index in zip(column, chosen, strict=True)]
+def _chunk_bytes(chunk: pa.Array) -> Tensor:
+    """uint8 over the bytes of a binary array without nulls; its values lie one after another."""
+    _, offset_buffer, data = chunk.buffers()
+    offsets = np.frombuffer(offset_buffer, dtype=np.int32)
+    first, last = int(offsets[chunk.offset]), int(offsets[chunk.offset + len(chunk)])
+    return torch.from_dlpack(pa.Array.from_buffers(pa.uint8(), last - first, [None, data.slice(first)]))
+
+
+def _pick(column: pa.ChunkedArray, chosen: NDArray[np.int64]) -> list[Any]:
+    """From a column of lists, the chosen value of each row."""
+    picked: list[Any] = []
+    for chunk in column.chunks:
+        lengths = pc.list_value_length(chunk).to_numpy()
+        starts = np.cumsum(lengths) - lengths
+        wanted = starts + chosen[len(picked) : len(picked) + len(chunk)]
+        picked.extend(chunk.flatten().take(pa.array(wanted)).to_pylist())
+    return picked

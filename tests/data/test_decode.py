@@ -134,14 +134,15 @@ def test_filters_on_size():
         decode_image(encoded(halves(64, 16), "PNG"), DecodeOptions(32, max_aspect=3.0))
 
 
-def test_buckets():
-    buckets = bucket_sizes(256, 16)
-    assert (256, 256) in buckets and all(h % 16 == 0 and w % 16 == 0 and 0.8 < h * w / 65536 < 1.07 for h, w in buckets)
+@pytest.mark.parametrize("side", [256, 512])
+def test_buckets(side):
+    buckets = bucket_sizes(side, 16)
+    assert (side, side) in buckets and all(h % 16 == 0 and w % 16 == 0 and 0.8 < h * w / side**2 < 1.07 for h, w in buckets)
     assert all((w, h) in buckets for h, w in buckets)
-    options = DecodeOptions(256, buckets=buckets)
+    options = DecodeOptions(side, buckets=buckets)
     wide = decode_image(encoded(halves(600, 400), "PNG"), options).pixels_HW3.shape
     assert wide[1] > wide[0] and wide[:2] in buckets
-    assert decode_image(encoded(halves(300, 300), "PNG"), options).pixels_HW3.shape == (256, 256, 3)
+    assert decode_image(encoded(halves(300, 300), "PNG"), options).pixels_HW3.shape == (side, side, 3)
 
 
 WHOLE = {format: encoded(halves(), format) for format in ("JPEG", "PNG", "WEBP", "GIF")}

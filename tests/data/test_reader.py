@@ -187,9 +187,13 @@ def test_folders_of_files(tmp_path):
         for name, data in pairs(2):
             (tmp_path / folder / name).write_bytes(data)
     (tmp_path / "00001/lost.txt").write_bytes(b"no image")
+    rows = {"key": ["000", "001", "002", "lost"], "status": ["success"] * 4}
+    pq.write_table(pa.table(rows), tmp_path / "00001.parquet")
     first, second = make_plan([str(tmp_path)])
     assert [s.key for s in read_shard(first, tmp_path)] == ["000", "001"]
-    assert [s.key for s in read_shard(second, tmp_path)] == ["lost", "000", "001"]
+    found = list(read_shard(second, tmp_path))
+    assert [s.key for s in found] == ["lost", "000", "001", "002"]  # what the index lists is told once
+    assert [s.reason for s in found if isinstance(s, Rejected)] == ["caption_without_image", "missing_member"]
 
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

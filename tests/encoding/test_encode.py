@@ -2,10 +2,14 @@
 
 import io
 import json
+import pickle
+import shutil
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -14,10 +18,15 @@ from PIL import Image
 
 from fluid_core.config import Recipe
 from fluid_core.data.filters import OptOut
+from fluid_core.data.storage import open_storage
 from fluid_core.encoders.image import ImageTokenizer
 from fluid_core.encoders.text import TextEncoder
+from fluid_core.encoding.chunks import DecodedChunk
 from fluid_core.encoding.forget import forget
 from fluid_core.encoding.ledger import Ledger
+from fluid_core.encoding.operators import Encode, ReadDecode
+from fluid_core.encoding.run import claim, prepare_output
+from fluid_core.encoding.settings import resolve_settings
 from fluid_core.encoding.verify import verify
 from fluid_core.latents.reader import EncodedDataset
 
@@ -291,6 +300,70 @@ def test_forget_goes_on_after_a_kill(tmp_path):
     assert content(root) == expected
     record = Ledger(EncodedDataset(str(root)).storage).read(ledger.stem)
     assert record is not None and record.rows == 7
+
+
+def test_the_opt_out_list_travels_with_the_work(tmp_path):
+    make_shards(tmp_path / "data", 1, 3)
+    (tmp_path / "out.txt").write_text("000001\n")
+    data = {"image_size": 64, "sources": [str(tmp_path / "data")], "filters": {"opt_out": str(tmp_path / "out.txt")}}
+    settings = resolve_settings(recipe(tmp_path, [], data=data))
+    (shard,) = prepare_output([str(tmp_path / "data")], str(tmp_path / "out"), settings, force=False).plan
+    packed = pickle.dumps(ReadDecode(settings))
+    (tmp_path / "out.txt").unlink()  # a worker's machine has none
+    (row,) = pickle.loads(packed).chunks({"shard": asdict(shard), "output": str(tmp_path / "out")})
+    chunk, _ = DecodedChunk.from_row(pa.table(row))
+    assert [(d.key, d.reason) for d in chunk.dropped] == [("000001", "opt_out")] and len(chunk.samples) == 2
+
+
+def test_encoders_of_the_hub_are_pinned_to_a_commit(tmp_path, monkeypatch):
+    """A branch may move during a run: the workers and the manifest get the commit that it stood at."""
+    from huggingface_hub import constants
+
+    cache, commit = tmp_path / "hub", "5" * 40
+    for name, source in zip(("vae", "t5"), encoders(), strict=True):
+        repository = cache / f"models--fluid--{name}"
+        shutil.copytree(source, repository / "snapshots" / commit)
+        (repository / "refs").mkdir()
+        (repository / "refs/main").write_text(commit)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
+    there = {"image_tokenizer": {"path": "fluid/vae"}, "text_encoder": {"path": "fluid/t5"}}
+    hub = resolve_settings(recipe(tmp_path, [], **there))
+    assert hub.image_revision == hub.text_revision == hub.encoders.image["revision"] == hub.encoders.text["revision"] == commit
+    local = resolve_settings(recipe(tmp_path, []))
+    assert local.image_revision is None and local.hash == hub.hash  # the same weights
+
+
+def test_a_worker_with_other_weights_is_refused(tmp_path):
+    settings = resolve_settings(recipe(tmp_path, []))
+    moved = shutil.copytree(encoders()[0], tmp_path / "vae")
+    (moved / "diffusion_pytorch_model.safetensors").write_bytes(other_weights(moved))
+    with pytest.raises(ValueError, match="other weights on this worker"):
+        Encode(replace(settings, image_path=str(moved)), [], [])
+
+
+def other_weights(folder: Path) -> bytes:
+    from safetensors.torch import load_file, save
+
+    weights = load_file(folder / "diffusion_pytorch_model.safetensors")
+    return save({name: value + 1 for name, value in weights.items()}, metadata={"format": "pt"})
+
+
+def test_two_encoders_that_start_at_once_share_an_output(tmp_path):
+    """The second one, which found nothing a moment ago, takes nothing away from the first."""
+    make_shards(tmp_path / "data", 1, 3)
+    settings = resolve_settings(recipe(tmp_path, [str(tmp_path / "data")]))
+    storage = open_storage(str(tmp_path / "out"))
+    real, written = storage.put_bytes, []
+
+    def first_comes_first(data: bytes, name: str, overwrite: bool) -> bool:
+        if not written:
+            written.append(name)
+            encode_here(recipe(tmp_path, [str(tmp_path / "data")]))
+        return real(data, name, overwrite)
+
+    storage.put_bytes = first_comes_first  # type: ignore[method-assign]
+    assert claim(storage, settings) and written == ["_settings.json"]
+    verify(EncodedDataset(str(tmp_path / "out")))
 
 
 def test_a_first_run_that_failed_early_binds_nobody(tmp_path):

@@ -6,13 +6,14 @@ import re
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
 from encoding_support import encode_here, make_shards, recipe_values
 
 from fluid_core.config import Recipe
-from fluid_core.latents.reader import EncodedDataset
+from fluid_core.latents.reader import EncodedDataset, stack_column
 from fluid_core.latents.text import pack_embedding, unpack_embedding
 
 
@@ -70,6 +71,16 @@ def test_manifest_is_checked(root, tmp_path):
     assert copy.manifest.hash == EncodedDataset(str(root)).manifest.hash
     with pytest.raises(ValueError, match="is missing"):
         copy.read_group(0, 0)
+
+
+def test_a_column_becomes_a_tensor_without_a_copy():
+    values = torch.arange(60, dtype=torch.int16).reshape(6, 10)
+    rows = pa.array([row.numpy().tobytes() for row in values], pa.binary())
+    whole = stack_column(pa.chunked_array([rows]), torch.int16, (2, 5))
+    assert torch.equal(whole, values.view(6, 2, 5)) and whole.data_ptr() == rows.buffers()[2].address
+    for column in (pa.chunked_array([rows]).slice(1, 3), pa.chunked_array([rows[1:3], rows[3:4]])):
+        assert torch.equal(stack_column(column, torch.int16, (10,)), values[1:4])
+    assert stack_column(pa.chunked_array([rows[:0]]), torch.int16, (10,)).shape == (0, 10)
 
 
 @pytest.mark.parametrize("dtype, tolerance", [("bf16", 0.01), ("int8", 0.02)])
