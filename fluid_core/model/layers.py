@@ -116,7 +116,8 @@ class SelfAttention(nn.Module):
     ) -> Tensor:
         """(B, N, D); with `places_BP` only the outputs of those places, (B, P, D). With `packing` (T, D) to (T, D)."""
         qkv = self.qkv(x_BND) if packing is None else packing.unpack(self.qkv(x_BND))
-        B, N, D = *qkv.shape[:2], x_BND.shape[-1]
+        B, N = qkv.shape[:2]
+        D = x_BND.shape[-1]
         q, k, v = qkv.view(B, N, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)
         if places_BP is not None:
             q, N = q.take_along_dim(places_BP[:, None, :, None], dim=2), places_BP.shape[1]
