@@ -42,7 +42,7 @@ def draw_grid(sections: Sequence[tuple[str, Sequence[Tile]]], columns: int = 8) 
             canvas.paste(picture, (x, y))
             if tile.right is False:
                 draw.rectangle((x - 2, y - 2, x + TILE + 1, y + TILE + 1), outline=_WRONG, width=2)
-            for number, line in enumerate(textwrap.wrap(tile.caption, 24)[:_LINES]):
+            for number, line in enumerate(textwrap.wrap(tile.caption, 21)[:_LINES]):
                 draw.text((x, y + TILE + 2 + number * _LINE), line, fill=_FAINT, font=font)
         top += -(-len(tiles) // columns) * row_height
     return canvas
