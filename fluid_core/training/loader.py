@@ -8,6 +8,7 @@ Shapes: B samples of a micro-batch, N tokens, C token channels, L text tokens, E
 
 import hashlib
 import queue
+import re
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -31,6 +32,7 @@ from fluid_core.training.order import DatasetOrder, MixtureOrder, derive_key
 # Streams of a sample's key; the model's own draws use small numbers.
 POSTERIOR, FLIP = 1001, 1002
 CACHE_BYTES = 2 << 30
+_COMMIT = re.compile(r"[0-9a-f]{40}")
 
 EncodeIds = Callable[[list[list[int]]], list[Tensor]]
 """A frozen text encoder: token ids of captions to their states, valid tokens only."""
@@ -309,7 +311,7 @@ def check_datasets(
 
     Args:
         identities: of the recipe's encoders, {"image": {...}, "text": {...}}: `sha256` is compared where both have one, else
-            `path` (and `revision`) of a recipe that names a hub id.
+            `path` (and `revision`, between commits) of a recipe that names a hub id.
     """
     first = datasets[0][0]
     for data, _ in datasets:
@@ -342,7 +344,9 @@ def check_datasets(
                 )
             for key in ("path", "revision"):
                 theirs, ours = m.encoders.get(name, {}).get(key), identities.get(name, {}).get(key)
-                if theirs and ours and theirs != ours:
+                # A manifest holds the commit; a branch or tag in the recipe does not tell which one it means.
+                unknown = key == "revision" and not (theirs and ours and _COMMIT.fullmatch(theirs) and _COMMIT.fullmatch(ours))
+                if theirs and ours and theirs != ours and not unknown:
                     raise ValueError(
                         f"{where}: encoded with another {name} encoder ({key} {theirs}, the recipe's is {ours}): encode again, or "
                         "name the one that it was encoded with"

@@ -258,7 +258,7 @@ class TrainingLoop:
         self.watchdog.beat()
         if reason is not None:
             self._report_strike(batches, reason)
-        self._write(keys, norm, rate, reason, clock, logged, count)
+        self._write(keys, norm, rate, reason, clock, logged, batches)
         return rollback
 
     def _vetoed(self) -> bool:
@@ -302,7 +302,7 @@ class TrainingLoop:
     # What is written.
 
     def _write(
-        self, keys: str, norm: float, rate: float, reason: str | None, clock: "_Clock", logged: bool, count: int
+        self, keys: str, norm: float, rate: float, reason: str | None, clock: "_Clock", logged: bool, batches: list[Batch]
     ) -> None:
         seconds = clock.total
         line: dict[str, Any] = {
@@ -317,20 +317,24 @@ class TrainingLoop:
         if reason is not None:
             line["skipped"] = reason
         if logged:
-            line |= self._detail(norm, clock, count)
+            line |= self._detail(norm, clock, batches)
         if self.metrics and self.tracker:
             self.metrics.write(line)
             if logged:
                 numbers = {k: v for k, v in line.items() if isinstance(v, int | float) and k != "step"}
                 self.tracker.log_metrics(numbers, step=self.step)
 
-    def _detail(self, norm: float, clock: "_Clock", count: int) -> dict[str, float]:
+    def _detail(self, norm: float, clock: "_Clock", batches: list[Batch]) -> dict[str, float]:
         """Everything that costs a reduction: only every `log_every` steps."""
         device = self.engine.device
         squares = self.engine.optimizer.squares or {}
         share = 1.0 / self.world_size if self.engine.partitions.replicated else 1.0
+        text_tokens = sum(int(batch.text_mask_BL.sum()) for batch in batches)
         sums = torch.tensor(
-            [float(squares.get("trunk", 0)) * share, float(squares.get("head", 0)) * share, float(self.ema.distance_squared()) * share],
+            [
+                float(squares.get("trunk", 0)) * share, float(squares.get("head", 0)) * share,
+                float(self.ema.distance_squared()) * share, text_tokens,
+            ],
             dtype=torch.float64, device=device,
         )  # fmt: skip
         dist.all_reduce(sums)
@@ -343,7 +347,8 @@ class TrainingLoop:
         phases = dict(zip(clock.mean(), slowest.tolist(), strict=True))
         step_seconds = max(sum(phases.values()), 1e-9)
         rate = self.training.batch_size / step_seconds
-        flops = training_flops(self.recipe.model) * rate
+        # Padding is not computed, so it does not count.
+        flops = training_flops(self.recipe.model, float(sums[3]) / self.training.batch_size) * rate
         out = {
             "images_per_second": rate,
             "images_per_second_per_device": rate / self.world_size,

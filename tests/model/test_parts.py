@@ -85,6 +85,9 @@ def test_padding_has_no_influence(order: str) -> None:
     expected = run(text, mask)
     text[~mask] = 1e4 * torch.randn(int((~mask).sum()), TEXT_WIDTH)
     assert torch.equal(run(text, mask), expected), "what stands in the padding"
+    packed, packing = model.aligner(text, mask)
+    assert len(packed) == sum(len(state) for state in states), "padding is not computed"
+    assert torch.equal(packing.pack(packing.unpack(packed)), packed)
     longest = max(len(state) for state in states)
     assert torch.allclose(run(*padded(states, length=longest)), expected, atol=1e-5), "how long the padding is"
     for b, state in enumerate(states):
