@@ -53,7 +53,7 @@ class ModelConfig(Section):
     timesteps_per_token: int = Field(4, gt=0)
     masked_tokens_per_image: int | None = Field(None, gt=0, description="fixed number given to the head: static shapes")
     mask_law: Literal["cosine", "truncnorm"] = "cosine"
-    head_precision: Literal["fp32", "bf16"] = "fp32"
+    head_precision: Literal["fp32", "bf16"] = Field("fp32", description="bf16: where the trunk computes in it (not for eps)")
 
     @property
     def token_channels(self) -> int:

@@ -53,10 +53,8 @@ class FluidModel(nn.Module):
         self.trunk = Trunk(embed, config.grid, width, config.heads, config.blocks, causal=config.order == "raster")
         if continuous:
             outputs = head_outputs(config.objective, config.token_channels)
-            precision = torch.bfloat16 if config.head_precision == "bf16" else torch.float32
-            self.head: Any = DiffusionHead(
-                width, config.head_width, config.head_blocks, config.token_channels, outputs, precision
-            )
+            as_trunk = config.head_precision == "bf16"
+            self.head: Any = DiffusionHead(width, config.head_width, config.head_blocks, config.token_channels, outputs, as_trunk)
         else:
             self.head = CodeHead(width)
 

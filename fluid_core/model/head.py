@@ -68,12 +68,13 @@ class DiffusionHead(nn.Module):
     """Predicts noise (eps; with the variance's logits), v, or velocity (flow) from a noisy token, its timestep and z.
 
     Paper section 3; the layout is MAR's (`diffloss`): input and condition projections, residual blocks, final layer.
-    All arithmetic is in `precision` (fp32 for eps), under any autocast and with weights of any dtype.
+    All arithmetic is in fp32, under any autocast and with weights of any dtype; `as_trunk` (not for eps): in bf16 where the
+    trunk is, that is under bf16 autocast or with bf16 weights.
     """
 
-    def __init__(self, trunk_width: int, width: int, blocks: int, channels: int, outputs: int, precision: torch.dtype):
+    def __init__(self, trunk_width: int, width: int, blocks: int, channels: int, outputs: int, as_trunk: bool):
         super().__init__()
-        self.precision = precision
+        self.as_trunk = as_trunk
         self.time_in, self.time_out = TimeLinear(TIME_CHANNELS, width), TimeLinear(width, width)
         self.input, self.condition = HeadLinear(channels, width), HeadLinear(trunk_width, width)
         self.blocks = nn.ModuleList(HeadBlock(width) for _ in range(blocks))
@@ -81,19 +82,26 @@ class DiffusionHead(nn.Module):
 
     def embed_condition(self, z_KD: Tensor) -> Tensor:
         """z's projection (K, W): once for each token, whatever the number of timesteps."""
+        dtype = self._dtype(z_KD.device)
         with torch.autocast(z_KD.device.type, enabled=False):
-            return self.condition(z_KD.to(self.precision))
+            return self.condition(z_KD.to(dtype))
 
     def forward(self, noisy_RKC: Tensor, steps_RK: Tensor, condition_KW: Tensor) -> Tensor:
         """fp32 (R, K, outputs). `steps`: timesteps on the scale 0..1000, shape (R, K) or (R, 1)."""
+        dtype = self._dtype(noisy_RKC.device)
         with torch.autocast(noisy_RKC.device.type, enabled=False):
-            time = sinusoids(steps_RK, TIME_CHANNELS).to(self.precision)
+            time = sinusoids(steps_RK, TIME_CHANNELS).to(dtype)
             active_y = F.silu(self.time_out(F.silu(self.time_in(time))) + condition_KW)
-            x = self.input(noisy_RKC.to(self.precision))
+            x = self.input(noisy_RKC.to(dtype))
             for block in self.blocks:
                 x = block(x, active_y)
             shift, scale = self.modulation(active_y).chunk(2, dim=-1)
             return self.output(_modulated_norm(x, shift, scale)).float()
+
+    def _dtype(self, device: torch.device) -> torch.dtype:
+        autocast = torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type) == torch.bfloat16
+        low = self.as_trunk and (autocast or self.output.weight.dtype == torch.bfloat16)
+        return torch.bfloat16 if low else torch.float32
 
 
 class CodeBook(nn.Module):

@@ -142,19 +142,32 @@ def test_flow_and_v_heads_in_bf16_stay_close_to_fp32(objective: str, solver: str
     """Neither velocity nor v amplifies: every solver's result moves by no more than a few roundings of the head's output."""
     model = tiny_model(objective=objective, head_precision="bf16")
     exact = copy.deepcopy(model)
-    exact.head.precision = torch.float32
+    exact.head.as_trunk = False
     z, noise = torch.randn(200, 32), torch.randn(200, 16)
     results = []
     for head in (model.head, exact.head):
-        condition = head.embed_condition(z)
+        with torch.autocast("cpu", torch.bfloat16):
+            condition = head.embed_condition(z)
 
         def predict(x: torch.Tensor, t: float, head: nn.Module = head, condition: torch.Tensor = condition) -> torch.Tensor:
-            return head(x, torch.tensor([t]), condition)
+            with torch.autocast("cpu", torch.bfloat16):
+                return head(x, torch.tensor([t]), condition)
 
         results.append(solve(objective, solver, predict, noise, 10, 1.0, lambda i: noise.roll(i, 0)))
     error = (results[0] - results[1]).square().mean().sqrt()
     output = exact.head(noise, torch.tensor([500.0]), exact.head.embed_condition(z)).square().mean().sqrt()
     assert 0 < error < 0.02 * output.clamp(min=1.0)
+
+
+def test_a_bf16_head_is_in_fp32_where_the_trunk_is() -> None:
+    head = tiny_model(objective="flow", head_precision="bf16").head
+    exact = copy.deepcopy(head)
+    exact.as_trunk = False
+    x, step, z = torch.randn(2, 5, 16), torch.tensor([500.0]), torch.randn(5, 32)
+    assert torch.equal(head(x, step, head.embed_condition(z)), exact(x, step, exact.embed_condition(z)))
+    head.to(torch.bfloat16)
+    assert head.embed_condition(z).dtype == torch.bfloat16
+    assert not torch.equal(head(x, step, head.embed_condition(z)), exact(x, step, exact.embed_condition(z)))
 
 
 def test_eps_head_refuses_bf16() -> None:
