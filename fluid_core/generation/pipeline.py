@@ -90,8 +90,8 @@ class FluidPipeline:
         """Load a bundle folder, or `models:/name@alias` from the MLflow registry.
 
         Args:
-            dtype: "fp32" or "bf16" of aligner and trunk (default fp32 on CPU, bf16 elsewhere). The head keeps the precision
-                of its configuration.
+            dtype: "fp32" or "bf16" of aligner and trunk (default fp32 on CPU, bf16 elsewhere). The head is in
+                fp32, or with `head_precision: bf16` as the trunk is.
             verify: compare every file with the bundle's manifest first.
             tracking_uri: the registry; default MLFLOW_TRACKING_URI, then the recipe default.
         """

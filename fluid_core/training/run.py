@@ -366,8 +366,9 @@ def _progress(run_dir: Path, total: int) -> Iterator[None]:
                     line = json.loads(whole.splitlines()[-1])
                     if line["loss"] is not None:
                         bar.set_postfix(loss=f"{line['loss']:.4f}", refresh=False)
-                    if line["step"] < bar.n:
+                    if line["step"] < bar.n:  # went back to a checkpoint: speed and time left are counted from there
                         bar.reset(total)
+                        bar.initial = bar.n = bar.last_print_n = line["step"]
                     bar.update(line["step"] - bar.n)
 
     thread = threading.Thread(target=show, daemon=True)

@@ -122,6 +122,7 @@ def _line(text: str, ended: bool, log: IO[bytes], screen: "_Screen", tail: deque
     if _BAR.search(text):
         screen.bar(text, final=ended)
         if not ended:
+            os.utime(log.fileno())  # the log's time says how long the stage ran, also when all is killed (runner.py)
             return
     elif text.strip():
         tail.append(text)

@@ -61,7 +61,7 @@ class Workflow:
             raise ValueError(f"--force {force}: this recipe has no such stage; it has {', '.join(self.stages)}")
         self.arguments = ["--config", config, *(["--set", *overrides] if overrides else [])]
         self.state_path = recipe.run_dir / "stages" / "workflow.json"
-        self.state: dict[str, Any] = {"recipe": None, "parent_run_id": None, "stages": {}, "forced": []}
+        self.state: dict[str, Any] = {"recipe": None, "parent_run_id": None, "stages": {}, "forced": [], "begun": None}
         if self.state_path.is_file():
             self.state |= json.loads(self.state_path.read_text())
         self.recipe_hash = config_hash(recipe)
@@ -106,9 +106,11 @@ class Workflow:
                 before = self._record_written(stage)
                 known = self.state["stages"].get(stage, {}).get("digest")
                 _say(f"[{number}/{len(self.stages)}] {stage}")
+                earlier = self._seconds_of_earlier_starts(stage)
+                self._save(begun={"stage": stage, "recipe": self.recipe_hash, "at": time.time(), "earlier": earlier})
                 started = time.monotonic()
                 self._run_stage(stage, environment)
-                seconds = time.monotonic() - started
+                seconds = earlier + time.monotonic() - started
                 outcome[stage] = "skipped" if self._record_written(stage) == before else "done"
                 digest = stage_digest(self.recipe, stage)
                 # A stage that was redone with the same result leaves those after it as they are.
@@ -128,7 +130,7 @@ class Workflow:
         return metrics
 
     def summary(self, outcome: dict[str, str]) -> dict[str, Any]:
-        """What summary.json holds. `seconds` is what the stage took when it was done, also where it is skipped now."""
+        """What summary.json holds. `seconds`: what the stage took, all its starts together, also where it is skipped now."""
         records = {stage: stage_record(self.recipe, stage) or {} for stage in self.stages}
         return {
             "stages": {
@@ -198,13 +200,20 @@ class Workflow:
         record = stage_record(self.recipe, stage) or {"outputs": []}
         return all(Path(output).exists() for output in record["outputs"] if "://" not in output)
 
+    def _seconds_of_earlier_starts(self, stage: str) -> float:
+        """How long the stage ran before it was stopped or killed: until its log's last sign of life."""
+        begun, log = self.state["begun"], self.recipe.run_dir / "logs" / f"{stage}.log"
+        if begun is None or (begun["stage"], begun["recipe"]) != (stage, self.recipe_hash) or stage in self.state["forced"]:
+            return 0.0
+        return begun["earlier"] + (max(0.0, log.stat().st_mtime - begun["at"]) if log.is_file() else 0.0)
+
     def _remember(self, stage: str, digest: str, seconds: float | None) -> None:
         known = self.state["stages"].get(stage, {})
         if seconds is None:
             seconds = known.get("seconds") or (stage_record(self.recipe, stage) or {}).get("seconds")
         seen = {"recipe": self.recipe_hash, "record": self._record_sha256(stage), "digest": digest, "seconds": seconds}
         self.state["stages"][stage] = seen
-        self._save()
+        self._save(begun=None)
 
     def _forget_from(self, stage: str) -> None:
         redo = self.stages[self.stages.index(stage) :]

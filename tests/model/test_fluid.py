@@ -72,6 +72,14 @@ def test_overfits_eight_images(tokens: str, order: str, objective: str, goal: fl
         optimizer.step()
         losses.append(loss.item())
     assert sum(losses[-20:]) / 20 < goal
+    # It reads the caption, also where the tokens before would tell the images apart: of the wrong caption it expects another image.
+    draws = draw_training(model.config, sample_keys(0, torch.arange(8)), 16)
+    with torch.no_grad():
+        own, wrong = (
+            model(images, text.roll(shift, 0), mask.roll(shift, 0), torch.zeros(1, TEXT_WIDTH), draws).loss_sum.item()
+            for shift in (0, 1)
+        )
+    assert wrong > 1.5 * own, (own, wrong)
 
 
 def test_dropped_captions_become_the_empty_one() -> None:
