@@ -22,6 +22,8 @@ os.environ.update(
     RAY_AUTH_MODE="disabled",
     RAY_USAGE_STATS_ENABLED="0",
     RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO="0",
+    # Ray Train looks every 2 s whether its workers live or are done: longer than the tests' runs take.
+    RAY_TRAIN_HEALTH_CHECK_INTERVAL_S="0.5",
     MLFLOW_DISABLE_TELEMETRY="true",
 )
 

@@ -4,6 +4,8 @@ import json
 import math
 import os
 import re
+import runpy
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +14,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from fluid_core.cli import main as fluid
 from fluid_core.config import Recipe, load_recipe
 from fluid_core.latents.reader import EncodedDataset
 from fluid_core.registry.mlflow_client import mlflow_client
@@ -21,9 +24,16 @@ from fluid_core.workflow.runner import STAGES
 pytestmark = pytest.mark.timeout(1500)
 
 
-def run_workflow(config: Path, repository: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(repository / "pipelines" / "run_workflow.py"), "--config", str(config), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, cwd=config.parent)
+def run_here(script: Path, arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> int:
+    """The exit code of a pipeline in this process, which has imported everything already."""
+    monkeypatch.setattr(sys, "argv", [str(script), *arguments])
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        with pytest.raises(SystemExit) as end:
+            runpy.run_path(str(script), run_name="__main__")
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+    return int(end.value.code or 0)
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +42,8 @@ def tiny(repository: Path, tmp_path_factory: pytest.TempPathFactory, ray_session
     folder = tmp_path_factory.mktemp("tiny")
     config = folder / "tiny.yaml"
     config.write_text((repository / "configs" / "tiny.yaml").read_text())
-    done = run_workflow(config, repository)
+    command = [sys.executable, str(repository / "pipelines" / "run_workflow.py"), "--config", str(config)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=folder)
     assert done.returncode == 0, done.stderr[-5000:]
     os.chdir(folder)
     try:
@@ -117,36 +128,28 @@ def test_the_terminal_shows_progress_and_the_logs_the_rest(tiny: tuple[Path, Rec
     assert logs == set(STAGES) - {"report"}
 
 
-def test_run_again_it_does_nothing_and_force_redoes_one_stage(tiny: tuple[Path, Recipe, str], repository: Path) -> None:
+def test_run_again_it_does_nothing_and_force_redoes_one_stage(
+    tiny: tuple[Path, Recipe, str], repository: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     config, recipe, _ = tiny
+    script, arguments = repository / "pipelines" / "run_workflow.py", ["--config", str(config)]
     records = {path: path.read_bytes() for path in (recipe.run_dir / "stages").glob("*.json")}
-    again = run_workflow(config, repository)
-    assert again.returncode == 0 and "nothing to do" in again.stdout
+    assert run_here(script, arguments, monkeypatch) == 0 and "nothing to do" in capsys.readouterr().out
     assert {path: path.read_bytes() for path in records} == records
     summary = json.loads((recipe.run_dir / "summary.json").read_text())
     assert {stage["status"] for stage in summary["stages"].values()} == {"skipped"}
 
-    forced = run_workflow(config, repository, "--force", "report")
-    assert forced.returncode == 0, forced.stderr
+    assert run_here(script, [*arguments, "--force", "report"], monkeypatch) == 0, capsys.readouterr().err
     summary = json.loads((recipe.run_dir / "summary.json").read_text())
     assert [name for name, stage in summary["stages"].items() if stage["status"] == "done"] == ["report"]
 
 
-def test_fluid_generate_makes_a_picture_with_the_registered_model(tiny: tuple[Path, Recipe, str], tmp_path: Path) -> None:
-    env = os.environ | {"MLFLOW_TRACKING_URI": tiny[1].registry.tracking_uri}
-    model = "models:/fluid-tiny@champion"
-    command = [
-        sys.executable,
-        "-m",
-        "fluid_core.cli",
-        "generate",
-        "a red circle",
-        "--model",
-        model,
-        "-o",
-        str(tmp_path / "out"),
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, env=env)
-    assert done.returncode == 0, done.stderr
+def test_fluid_generate_makes_a_picture_with_the_registered_model(
+    tiny: tuple[Path, Recipe, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", tiny[1].registry.tracking_uri)
+    with pytest.raises(SystemExit) as end:
+        fluid(["generate", "a red circle", "--model", "models:/fluid-tiny@champion", "-o", str(tmp_path / "out")])
+    assert not end.value.code
     (picture,) = (tmp_path / "out").glob("*.png")
     assert Image.open(picture).size == (64, 64)

@@ -1,9 +1,5 @@
 import importlib.util
 import json
-import os
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -11,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from forked import Program
 from torch.nn import functional as F
 
 from fluid_core.config import ImageTokenizerConfig, TokenizerTrainingConfig, load_recipe
@@ -91,13 +88,13 @@ def test_killed_and_resumed_equals_undisturbed(recipe_file, tmp_path, ray_sessio
 
     # Long enough to be killed between a checkpoint and the end, and then finished at the step of the other run.
     checkpoint = tmp_path / "runs/t/tokenizer_training/last.pt"
-    process = subprocess.Popen([sys.executable, str(PIPELINE), "--config", str(recipe_file)], stderr=subprocess.DEVNULL)
+    process = Program([str(PIPELINE), "--config", str(recipe_file)], tmp_path / "killed.log")
     deadline = time.monotonic() + 240
     while not checkpoint.is_file() and time.monotonic() < deadline and process.poll() is None:
         time.sleep(0.01)
-    os.kill(process.pid, signal.SIGKILL)
+    process.kill()
     process.wait()
-    assert checkpoint.is_file()
+    assert checkpoint.is_file(), process.output()
     assert not (tmp_path / "tokenizer").exists(), "killed too late for this test to mean anything"
 
     assert run(recipe_file) == 0

@@ -9,7 +9,6 @@ import os
 import random
 import signal
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -19,6 +18,7 @@ import psutil
 import pytest
 import yaml
 from encoding_support import content, encode_here, make_shards, recipe_values
+from forked import Program
 
 from fluid_core.config import Recipe
 
@@ -43,14 +43,13 @@ class Encoding:
         self.output = folder / "out"
         recipe = folder / "recipe.yaml"
         recipe.write_text(yaml.safe_dump(recipe_values(folder, [str(data)], self.output)))
-        self.command = [sys.executable, "pipelines/encode_dataset.py", "--config", str(recipe)]
+        self.command = ["pipelines/encode_dataset.py", "--config", str(recipe)]
         self.environment = {k: v for k, v in os.environ.items() if not (own_ray and k == "RAY_ADDRESS")}
         self.log = folder / "log"
         self.process = self.start()
 
-    def start(self) -> subprocess.Popen[bytes]:
-        with open(self.log, "ab") as log:
-            return subprocess.Popen(self.command, env=self.environment, stdout=log, stderr=log, start_new_session=True)
+    def start(self) -> Program:
+        return Program(self.command, self.log, self.environment, start_new_session=True)
 
     def committed(self) -> int:
         return len(list((self.output / "_ledger").glob("*.json")))
@@ -93,10 +92,10 @@ def is_encode_worker(process: psutil.Process) -> bool:
 def test_killed_three_times_each_at_any_moment(tmp_path):
     """The commit protocol under a finer comb than Ray allows: forked encoders, killed anywhere in their work."""
     data, _ = reference()
-    command = [sys.executable, str(Path(__file__).with_name("encode_zygote.py")), str(data), str(tmp_path), str(max(3, SEEDS))]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=500)
-    results = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-    assert len(results) == max(3, SEEDS), done.stderr[-2000:]
+    command = [str(Path(__file__).with_name("encode_zygote.py")), str(data), str(tmp_path), str(max(3, SEEDS))]
+    _, out = Program(command, tmp_path / "log").end()
+    results = [json.loads(line) for line in out.splitlines() if line.startswith("{")]
+    assert len(results) == max(3, SEEDS), out[-2000:]
     assert all(result["same"] for result in results), results
     assert sum(result["kills"] for result in results) >= len(results)
 
@@ -116,26 +115,18 @@ def test_driver_killed(seed, tmp_path, ray_session):
 
 
 @pytest.mark.parametrize("seed", range(SEEDS))
-def test_worker_killed(seed, tmp_path):
+def test_raylet_killed_and_then_workers(seed, tmp_path):
     rng = random.Random(seed)
     encoding = Encoding(tmp_path, own_ray=True)
+    assert encoding.wait_for(rng.randrange(1, SHARDS // 2)), encoding.text()
+    assert kill_descendants(encoding.process.pid, lambda p: p.name() == "raylet", rng)
+    encoding.finish(120)
+    left = range(encoding.committed() + 1, SHARDS - 1)
+    encoding.process = encoding.start()
     killed = 0
-    for target in sorted(rng.sample(range(1, SHARDS - 1), 2)):
+    for target in sorted(rng.sample(left, 2)):
         if encoding.wait_for(target):
             killed += kill_descendants(encoding.process.pid, is_encode_worker, rng)
     assert encoding.finish() == 0, encoding.text()  # the same run heals itself
     assert killed
-    check(encoding)
-
-
-@pytest.mark.parametrize("seed", range(SEEDS))
-def test_raylet_killed(seed, tmp_path):
-    rng = random.Random(seed)
-    encoding = Encoding(tmp_path, own_ray=True)
-    assert encoding.wait_for(rng.randrange(1, SHARDS - 1)), encoding.text()
-    assert kill_descendants(encoding.process.pid, lambda p: p.name() == "raylet", rng)
-    first = encoding.finish(120)
-    if first != 0 or encoding.committed() < SHARDS:  # it may have been done just before
-        encoding.process = encoding.start()
-        assert encoding.finish() == 0, encoding.text()
     check(encoding)

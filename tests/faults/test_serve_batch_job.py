@@ -2,11 +2,7 @@
 
 import hashlib
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -15,6 +11,7 @@ from typing import Any
 
 import psutil
 import pytest
+from forked import Program
 from PIL import Image
 from serving_support import difference, small_recipe
 from tiny_fluid import tiny_pipeline
@@ -56,11 +53,6 @@ def prompts(folder: Path) -> Path:
     return path
 
 
-def command(repository: Path, folder: Path, prompts: str, output: str, *more: str) -> list[str]:
-    script = str(repository / "pipelines/generate_batch.py")
-    return [sys.executable, script, "--config", str(folder / "recipe.yaml"), "--prompts", prompts, "--output", output, *more]
-
-
 def digests(output: Path) -> dict[str, str]:
     """Every file of a finished job but those that hold times."""
     return {
@@ -74,18 +66,16 @@ def test_killed_and_run_again_every_line_is_done_once(
     ray_session: str, recipe: Recipe, folder: Path, prompts: Path, repository: Path
 ) -> None:
     output = folder / "out"
-    job = subprocess.Popen(
-        command(repository, folder, str(prompts), str(output), "--chunk", "4"),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
+    script = str(repository / "pipelines/generate_batch.py")
+    arguments = ["--config", str(folder / "recipe.yaml"), "--prompts", str(prompts), "--output", str(output), "--chunk", "4"]
+    job = Program([script, *arguments], folder / "killed.log")
     until = time.monotonic() + 300
     while len(list(output.glob("_ledger/*.json"))) < 2 and job.poll() is None and time.monotonic() < until:
         time.sleep(0.02)
-    os.kill(job.pid, signal.SIGKILL)
+    job.kill()
     job.wait()
     before = len(list(output.glob("_ledger/*.json")))
-    assert before >= 2
+    assert before >= 2, job.output()
 
     summary = OfflineJob(recipe, str(prompts), str(output), 4).run()
     assert (summary["rows"], summary["images"], summary["failed"]) == (LINES, LINES - 4, 4)

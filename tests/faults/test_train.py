@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from forked import Program
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "training"))
 
@@ -133,26 +134,12 @@ def test_a_data_shard_deleted_while_training(tmp_path: Path) -> None:
     assert [line["keys_sha256"] for line in read_metrics(metrics)] == expected
 
 
-class _Driver:
-    """A started pipelines/pretrain.py. Its output goes to a file: nobody reads a pipe while it runs."""
+class _Driver(Program):
+    """A started pipelines/pretrain.py."""
 
     def __init__(self, repository: Path, config: Path, *more: str):
-        command = [
-            sys.executable,
-            "-W",
-            "ignore",
-            str(repository / "pipelines" / "pretrain.py"),
-            "--config",
-            str(config),
-            *more,
-        ]
-        self.log = Path(tempfile.mkstemp(suffix=".log", dir=config.parent)[1])
-        with open(self.log, "w") as log:
-            self.process = subprocess.Popen(command, cwd=repository, stdout=log, stderr=subprocess.STDOUT)
-
-    def end(self, timeout: float = 400) -> tuple[int, str]:
-        """(exit status, output) when it has ended."""
-        return self.process.wait(timeout=timeout), self.log.read_text()
+        log = Path(tempfile.mkstemp(suffix=".log", dir=config.parent)[1])
+        super().__init__([str(repository / "pipelines" / "pretrain.py"), "--config", str(config), *more], log, cwd=repository)
 
     def wait_for_step(self, metrics: Path, step: int) -> int:
         deadline = time.monotonic() + 400
@@ -160,9 +147,9 @@ class _Driver:
             lines = read_metrics(metrics)
             if lines and lines[-1]["step"] >= step:
                 return int(lines[-1]["step"])
-            assert self.process.poll() is None, self.log.read_text()[-4000:]
+            assert self.poll() is None, self.output()[-4000:]
             time.sleep(0.1)
-        raise AssertionError(f"step {step} was not reached: {self.log.read_text()[-4000:]}")
+        raise AssertionError(f"step {step} was not reached: {self.output()[-4000:]}")
 
 
 def _workers(run_dir: Path, data: Path) -> tuple[int, int] | None:
@@ -184,71 +171,6 @@ def _workers(run_dir: Path, data: Path) -> tuple[int, int] | None:
     return rank0, rank1
 
 
-@pytest.mark.timeout(1500)
-def test_a_run_survives_its_workers_its_driver_and_a_stop(ray_session: str, repository: Path, tmp_path: Path) -> None:
-    config = write_recipe(
-        tmp_path, max_steps=3000, checkpoint_every=10, log_every=10, validate_every=3000, keep_last=2, max_failures=12,
-        watchdog_seconds=30,
-    )  # fmt: skip
-    run_dir = tmp_path / "runs" / "small"
-    metrics, root = run_dir / "metrics.jsonl", run_dir / "checkpoints"
-    driver = _Driver(repository, config)
-    driver.wait_for_step(metrics, 15)
-    old: tuple[int, int] | None = None
-
-    def strike(rank: int, number: signal.Signals) -> None:
-        """Send a signal to a worker, once two new ones have taken the place of those that were there at the last strike."""
-        nonlocal old
-        deadline = time.monotonic() + 300
-        while (found := _workers(run_dir, tmp_path / "data")) is None or (old and set(found) & set(old)):
-            assert time.monotonic() < deadline, driver.log.read_text()[-4000:]
-            time.sleep(0.2)
-        old = found
-        os.kill(found[rank], number)
-
-    # kill -9 of a worker: Ray starts both again, and they go on from the newest complete checkpoint.
-    strike(0, signal.SIGKILL)
-    status, out = _Driver(repository, config).end()
-    assert status == 2 and "another process is training" in out, out
-    strike(1, signal.SIGKILL)
-    # A worker that stands still: the other one waits for it, its watchdog says so and ends it.
-    strike(1, signal.SIGSTOP)
-    deadline = time.monotonic() + 300
-    while "watchdog: worker 0 made no step for 30 s" not in driver.log.read_text():
-        assert time.monotonic() < deadline, driver.log.read_text()[-4000:]
-        time.sleep(0.2)
-    assert "loop.py" in (run_dir / "hang_rank_0.txt").read_text()
-    before = read_metrics(metrics)[-1]["step"]
-    time.sleep(1)
-    driver.wait_for_step(metrics, before + 12)
-    assert old is not None and not Path(f"/proc/{old[1]}").exists(), "the stopped worker is not left behind"
-
-    # kill -9 of the driver: the same command goes on by itself, without --resume.
-    driver.process.kill()
-    driver.process.wait()
-    newest = latest_complete(root)
-    assert newest is not None and newest.step >= 10
-    driver = _Driver(repository, config)
-    driver.wait_for_step(metrics, newest.step + 11)
-
-    # SIGTERM: the step is finished, a checkpoint saved, and the exit status says that it is not done.
-    driver.process.send_signal(signal.SIGTERM)
-    status, out = driver.end()
-    assert status == 143 and "checkpoint saved; the same command goes on" in out, out
-    stopped = latest_complete(root, verify=True)
-    assert stopped is not None and read_metrics(metrics)[-1]["step"] == stopped.step < 3000
-
-    # Another recipe under the same name is refused before anything starts; --resume takes the run over.
-    status, out = _Driver(repository, config, "--set", "training.learning_rate=2e-3").end()
-    assert status == 2 and "add --resume" in out, out
-    steps = stopped.step + 5
-    status, out = _Driver(repository, config, "--set", f"training.max_steps={steps}", "--resume").end()
-    assert status == 0, out
-    assert [line["step"] for line in read_metrics(metrics)] == list(range(1, steps + 1))
-    status, out = _Driver(repository, config, "--set", f"training.max_steps={steps}", "--resume").end()
-    assert status == 0 and "already complete" in out, out
-
-
 @pytest.fixture
 def own_ray() -> Iterator[str]:
     """The address of a Ray that a test may damage."""
@@ -257,41 +179,106 @@ def own_ray() -> Iterator[str]:
         address = f"127.0.0.1:{free.getsockname()[1]}"
     # Unix socket paths are limited to 107 bytes, so not under pytest's own (long) temp folder.
     with tempfile.TemporaryDirectory(prefix="fluid-test-", ignore_cleanup_errors=True) as scratch:
-        command = [*_RAY, "start", "--head", "--block", "--node-ip-address=127.0.0.1", f"--port={address.split(':')[1]}"]
-        command += [f"--temp-dir={scratch}", "--num-cpus=3", "--include-dashboard=false", "--object-store-memory=200000000"]
+        command = [sys.executable, "-W", "ignore", "-m", "ray.scripts.scripts", "start", "--head", "--block"]
+        command += ["--node-ip-address=127.0.0.1", f"--port={address.split(':')[1]}", f"--temp-dir={scratch}"]
+        command += ["--num-cpus=4", "--include-dashboard=false", "--object-store-memory=200000000"]
         head = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         yield address
         head.terminate()
         head.wait()
 
 
-_RAY = [sys.executable, "-W", "ignore", "-m", "ray.scripts.scripts"]
 _NODE = "import ray; ray.init(log_to_driver=False); print(ray.nodes()[0]['NodeID'])"
 
 
-@pytest.mark.timeout(900)
-def test_a_notice_of_preemption_saves_at_once(
-    own_ray: str, repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.timeout(1500)
+def test_a_run_survives_its_workers_its_driver_a_notice_of_preemption_and_a_stop(
+    ray_session: str, own_ray: str, repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The node is drained as a cloud drains a spot instance; long before the next checkpoint is due there is one."""
     monkeypatch.setenv("RAY_ADDRESS", own_ray)
-    config = write_recipe(tmp_path, max_steps=100_000, checkpoint_every=100_000, validate_every=100_000)
+    # As often as Ray can be asked: the waiting is not what is tested.
+    monkeypatch.setenv("RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S", "1")
+    config = write_recipe(
+        tmp_path, max_steps=3000, checkpoint_every=10, log_every=10, validate_every=3000, keep_last=2, max_failures=12,
+        watchdog_seconds=20,
+    )  # fmt: skip
     run_dir = tmp_path / "runs" / "small"
+    metrics, root = run_dir / "metrics.jsonl", run_dir / "checkpoints"
     deadline = time.monotonic() + 300
-    while (found := subprocess.run([sys.executable, "-c", _NODE], capture_output=True, text=True, check=False)).returncode:
-        assert time.monotonic() < deadline, found.stderr
-    node = found.stdout.split()[-1]
+    while (found := Program(["-c", _NODE], tmp_path / "node.log").end())[0]:
+        assert time.monotonic() < deadline, found
+    node = found[1].split()[-1]
     driver = _Driver(repository, config)
-    driver.wait_for_step(run_dir / "metrics.jsonl", 3)
+    driver.wait_for_step(metrics, 15)
+    old: tuple[int, int] | None = None
+
+    def workers() -> tuple[int, int]:
+        """Ranks 0 and 1, once two new ones have taken the place of those that were asked for before."""
+        nonlocal old
+        deadline = time.monotonic() + 300
+        while (found := _workers(run_dir, tmp_path / "data")) is None or (old and set(found) & set(old)):
+            assert time.monotonic() < deadline, driver.output()[-4000:]
+            time.sleep(0.2)
+        old = found
+        return found
+
+    # kill -9 of a worker: Ray starts both again, and they go on from the newest complete checkpoint.
+    os.kill(workers()[0], signal.SIGKILL)
+    status, out = _Driver(repository, config).end()
+    assert status == 2 and "another process is training" in out, out
+    os.kill(workers()[1], signal.SIGKILL)
+    # A worker that stands still: the other one waits for it, its watchdog says so and ends it.
+    stopped_worker = workers()[1]
+    os.kill(stopped_worker, signal.SIGSTOP)
+    deadline = time.monotonic() + 300
+    while "watchdog: worker 0 made no step for 20 s" not in driver.output():
+        assert time.monotonic() < deadline, driver.output()[-4000:]
+        time.sleep(0.2)
+    assert "loop.py" in (run_dir / "hang_rank_0.txt").read_text()
+    reached = read_metrics(metrics)[-1]["step"]
+    time.sleep(1)
+    driver.wait_for_step(metrics, reached + 12)
+    assert not Path(f"/proc/{stopped_worker}").exists(), "the stopped worker is not left behind"
+
+    # kill -9 of the driver: the same command goes on by itself, without --resume.
+    workers()
+    driver.kill()
+    driver.wait()
+    newest = latest_complete(root)
+    assert newest is not None and newest.step >= 10
+    driver = _Driver(repository, config, "--set", "training.checkpoint_every=100000")
+    workers()
+    reached = driver.wait_for_step(metrics, newest.step + 11)
+    driver.wait_for_step(metrics, reached + 2)
+
+    # The node is drained as a cloud drains a spot instance; long before the next checkpoint is due there is one.
+    before = [c.step for c in list_checkpoints(root)]
     drain = ["drain-node", "--address", own_ray, "--node-id", node, "--reason", "DRAIN_NODE_REASON_PREEMPTION"]
     drain += ["--reason-message", "the spot instance is wanted back", "--deadline-remaining-seconds", "3600"]
-    subprocess.run([*_RAY, *drain], check=True, capture_output=True)
+    status, out = Program(["-m", "ray.scripts.scripts", *drain], tmp_path / "drain.log").end()
+    assert status == 0, out
     deadline = time.monotonic() + 300
-    while (saved := latest_complete(run_dir / "checkpoints", verify=True)) is None:
-        assert time.monotonic() < deadline and driver.process.poll() is None, driver.log.read_text()[-4000:]
+    while (saved := latest_complete(root, verify=True)) is None or saved.step in before:
+        assert time.monotonic() < deadline and driver.poll() is None, driver.output()[-4000:]
         time.sleep(0.2)
     assert f"a node is about to be taken away: checkpoint of step {saved.step}" in (run_dir / "notices.txt").read_text()
-    driver.wait_for_step(run_dir / "metrics.jsonl", saved.step + 2)
-    assert [c.step for c in list_checkpoints(run_dir / "checkpoints")] == [saved.step], "one for one notice"
-    driver.process.send_signal(signal.SIGTERM)
-    assert driver.end()[0] == 143
+    driver.wait_for_step(metrics, saved.step + 2)
+    assert [c.step for c in list_checkpoints(root) if c.step not in before] == [saved.step], "one for one notice"
+
+    # SIGTERM: the step is finished, a checkpoint saved, and the exit status says that it is not done.
+    driver.send_signal(signal.SIGTERM)
+    status, out = driver.end()
+    assert status == 143 and "checkpoint saved; the same command goes on" in out, out
+    stopped = latest_complete(root, verify=True)
+    assert stopped is not None and read_metrics(metrics)[-1]["step"] == stopped.step < 3000
+
+    # Another recipe under the same name is refused before anything starts; --resume takes the run over, in another Ray.
+    monkeypatch.setenv("RAY_ADDRESS", ray_session)
+    status, out = _Driver(repository, config, "--set", "training.learning_rate=2e-3").end()
+    assert status == 2 and "add --resume" in out, out
+    steps = stopped.step + 5
+    status, out = _Driver(repository, config, "--set", f"training.max_steps={steps}", "--resume").end()
+    assert status == 0, out
+    assert [line["step"] for line in read_metrics(metrics)] == list(range(1, steps + 1))
+    status, out = _Driver(repository, config, "--set", f"training.max_steps={steps}", "--resume").end()
+    assert status == 0 and "already complete" in out, out

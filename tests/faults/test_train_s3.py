@@ -2,12 +2,12 @@
 
 import os
 import shutil
-import subprocess
 import sys
 import time
 from pathlib import Path
 
 import yaml
+from forked import Program
 from s3_support import BUCKET, FaultyProxy
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "training"))
@@ -40,8 +40,8 @@ def test_s3_is_down_while_a_run_trains_to_its_end(proxy: FaultyProxy, tmp_path: 
         time.sleep(0.1)
     assert worker.poll() is None
     proxy.fault = lambda method, path: None
-    out = worker.communicate(timeout=400)[0]
-    assert worker.returncode == 0, out
+    status, out = worker.end()
+    assert status == 0, out
     assert "checkpoints could not be copied" in out and "again after" in out
     notices = (recipe.training_dir / "notices.txt").read_text()
     assert f"they are safe in {recipe.training_dir / 'checkpoints'}" in notices
@@ -80,12 +80,12 @@ def test_killed_between_the_last_file_and_the_marker(proxy: FaultyProxy, reposit
     shutil.rmtree(recipe.training_dir)
     config = tmp_path / "recipe.yaml"
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
-    command = [sys.executable, "-W", "ignore", str(repository / "pipelines" / "pretrain.py"), "--config", str(config)]
-    refused = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=repository, check=False)
-    assert refused.returncode == 2 and f"{uri} holds a run of another recipe" in refused.stderr, refused.stderr
+    command = [str(repository / "pipelines" / "pretrain.py"), "--config", str(config)]
+    status, out = Program(command, tmp_path / "refused.log", environment, repository).end()
+    assert status == 2 and f"{uri} holds a run of another recipe" in out, out
     command += ["--resume", "--set", "training.max_steps=6"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=repository, check=False)
-    assert done.returncode == 0 and f"fetched {uri}/step_00000004" in done.stderr + done.stdout, done.stderr
+    status, out = Program(command, tmp_path / "resumed.log", environment, repository).end()
+    assert status == 0 and f"fetched {uri}/step_00000004" in out, out
     assert [line["step"] for line in read_metrics(recipe.training_dir / "metrics.jsonl")] == [5, 6]
     assert [(c.step, remote.problem(c)) for c in remote.list()] == [(2, None), (4, None), (6, None)]
     assert yaml.safe_load((recipe.training_dir / "run.json").read_text())["checkpoints"] == uri

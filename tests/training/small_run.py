@@ -4,14 +4,14 @@ import hashlib
 import json
 import os
 import socket
-import subprocess
-import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import yaml
+from forked import Program
 from safetensors.torch import save_file
 
 from fluid_core.config import Recipe, load_recipe
@@ -159,7 +159,7 @@ torch.distributed.destroy_process_group()
 """
 
 
-def start_workers(recipe: Recipe, patch: str = "", resume: bool = True, fingerprint: str = "f") -> list[subprocess.Popen[str]]:
+def start_workers(recipe: Recipe, patch: str = "", resume: bool = True, fingerprint: str = "f") -> list[Program]:
     """One process for each worker. `patch`: Python run before the loop starts, which may rebind `loop`."""
     root = Path(__file__).resolve().parents[2]
     code = _WORKER.format(root=str(root), here=str(root / "tests" / "training"), patch=patch)
@@ -170,21 +170,22 @@ def start_workers(recipe: Recipe, patch: str = "", resume: bool = True, fingerpr
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
+    Path(recipe.runs_dir).mkdir(parents=True, exist_ok=True)
     workers = []
     for rank in range(recipe.training.workers):
         environment = os.environ | {
             "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(recipe.training.workers), "LOCAL_SIZE": "1",
             "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1",
         }  # fmt: skip
-        command = [sys.executable, "-W", "ignore", "-c", code, job]
-        workers.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
+        log = Path(tempfile.mkstemp(suffix=".log", dir=recipe.runs_dir)[1])
+        workers.append(Program(["-c", code, job], log, environment))
     return workers
 
 
 def run_workers(recipe: Recipe, patch: str = "", resume: bool = True, ok: bool = True) -> str:
     """Start, wait, and return what they printed. With `ok` every worker must end well."""
     workers = start_workers(recipe, patch, resume)
-    out = "".join(worker.communicate(timeout=500)[0] for worker in workers)
+    out = "".join(worker.end()[1] for worker in workers)
     if ok:
         assert all(worker.returncode == 0 for worker in workers), out[-6000:]
     return out

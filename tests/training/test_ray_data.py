@@ -1,14 +1,12 @@
 """`training.loader: ray_data`: the stream of Ray Data behind the loader's interface, exact at a fixed world size."""
 
 import hashlib
-import subprocess
-import sys
 import threading
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+from forked import Program
 from small_run import small_recipe
 
 from fluid_core.config import Recipe
@@ -70,18 +68,11 @@ def test_the_stream_is_the_same_again_and_starts_anywhere(ray_session: str, tmp_
 
 def test_a_run_reads_through_ray_data_and_resumes(ray_session: str, repository: Path, tmp_path: Path) -> None:
     recipe = small_recipe(tmp_path, _DATA, loader="ray_data", shuffle_window=16, validate_every=100)
-    command: list[Any] = [
-        sys.executable,
-        "-W",
-        "ignore",
-        repository / "pipelines" / "pretrain.py",
-        "--config",
-        tmp_path / "recipe.yaml",
-    ]
+    command = [str(repository / "pipelines" / "pretrain.py"), "--config", str(tmp_path / "recipe.yaml"), "--resume"]
     for steps in (2, 5):
-        more = ["--resume", "--set", f"training.max_steps={steps}"]
-        done = subprocess.run([*command, *more], capture_output=True, text=True, cwd=repository, check=False)
-        assert done.returncode == 0, done.stderr[-4000:]
+        log = tmp_path / f"{steps}.log"
+        status, out = Program([*command, "--set", f"training.max_steps={steps}"], log, cwd=repository).end()
+        assert status == 0, out[-4000:]
     lines = read_metrics(recipe.training_dir / "metrics.jsonl")
     assert [line["keys_sha256"] for line in lines] == [_hash(pair) for pair in _read(recipe, 0, 5)]
 
