@@ -7,9 +7,12 @@ import hashlib
 import io
 import json
 import shutil
+import subprocess
 import tarfile
 import tempfile
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +23,7 @@ import yaml
 from PIL import Image
 
 from fluid_core.config import Recipe
+from fluid_core.data.storage import open_storage
 from fluid_core.encoding.chunks import DecodedChunk
 from fluid_core.encoding.committer import Committer
 from fluid_core.encoding.duplicates import HashShards, find_duplicates
@@ -143,11 +147,22 @@ def encode_here(recipe: Recipe, force: bool = False) -> list[Manifest]:
     return [finish_output(output, settings) for output in outputs]
 
 
-def content(root: Path) -> dict[str, str]:
-    """sha256 of every file of an output that must be the same in two runs."""
+def content(root: Path | str) -> dict[str, str]:
+    """sha256 of every file of an output, local or on S3, that must be the same in two runs."""
     skip = {"_throughput.json", "plan.parquet"}  # speeds and modification times
-    return {
-        str(path.relative_to(root)): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in sorted(root.rglob("*"))
-        if path.is_file() and path.name not in skip
-    }
+    storage = open_storage(str(root))
+    names = [o.name for o in storage.list() if o.name not in skip]
+    return {name: hashlib.sha256(storage.read_or_none(name) or b"").hexdigest() for name in names}
+
+
+@contextmanager
+def small_disk(folder: Path, kib: int) -> Iterator[bool]:
+    """A file system of so many KiB at `folder`; False, and an ordinary folder, where this process may not mount one."""
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", f"size={kib}k", "tmpfs", str(folder)]
+    mounted = shutil.which("mount") is not None and subprocess.run(command, capture_output=True).returncode == 0
+    try:
+        yield mounted
+    finally:
+        if mounted:
+            subprocess.run(["umount", "--lazy", str(folder)], check=True)

@@ -21,7 +21,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--html", metavar="FILE", help="write a page; decodes latents beside their originals where both are there"
     )
-    parser.add_argument("--images", type=int, default=16, metavar="N", help="pictures on the page (default %(default)s)")
+    parser.add_argument(
+        "--images",
+        type=int,
+        default=16,
+        metavar="N",
+        help="pictures on the page (default %(default)s); shards on S3 are fetched for their originals",
+    )
     parser.add_argument("--verify", action="store_true", help="read every file and compare its sha256")
 
 

@@ -7,6 +7,7 @@ with `duplicate_of` and not read.
 """
 
 import fnmatch
+import functools
 import hashlib
 import os
 from collections.abc import Callable, Iterable, Sequence
@@ -18,10 +19,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from fluid_core.data.samples import IMAGE_EXTENSIONS
-from fluid_core.data.storage import Storage, StoredObject, open_storage
-from fluid_core.data.tar import Member, index_tar
+from fluid_core.data.storage import CHUNK_BYTES, Storage, StoredObject, open_storage
+from fluid_core.data.tar import Member, ReadAt, index_tar
 
 BYTES_PER_SAMPLE_AT_LEAST = 4096
+HEAD_BYTES = 1 << 20
+"""What is read of an S3 tar to tell whether it may be a giant."""
+REQUESTS = 16
+"""To S3 at a time."""
 
 
 @dataclass(frozen=True)
@@ -37,13 +42,15 @@ class PlannedShard:
     size: int
     version: str
     etag: str
-    """sha256 of a local file, the ETag of an S3 object: the same for the same bytes."""
+    """sha256 of a local file, the ETag of an S3 object: in one store the same for the same bytes."""
     source: str
     weight: float
     start: int = 0
     stop: int = -1
     """Part of a giant shard: byte range of a tar, rows of a Parquet file; -1 means to the end."""
     duplicate_of: str = ""
+    sha256: str = ""
+    """Of an S3 object that was compared with a shard whose etag is of another kind."""
 
 
 _TYPES = {"size": pa.int64(), "start": pa.int64(), "stop": pa.int64(), "weight": pa.float64()}
@@ -61,25 +68,31 @@ def make_plan(
     Args:
         sources: `[WEIGHT::]path`: a file, a glob or a folder, local or s3://.
         max_shard_samples: a shard with more samples is cut into several outputs (counted only where the size allows it).
-        known: an earlier plan of the same output; files with unchanged size and version are not hashed again.
+        known: an earlier plan of the same output; what has the same size and version is not hashed again.
         progress: called with (bytes hashed, bytes to hash).
 
     Raises:
         ValueError: a source that does not exist, matches nothing, or has a wrong weight.
+        AccessError, TransientError: a store that refuses or does not answer.
     """
     if not sources:
         raise ValueError("no sources: name folders, tars or Parquet files under data.sources")
+    known = list(known)
     listed = [_list_source(source) for source in sources]
     _hash_local([shard for _, shards in listed for shard in shards], known, progress, listed)
-    ordered = _interleave(listed)
+    store = functools.cache(open_storage)
+    ordered = _hash_doubtful(_interleave(listed), known, progress, store)
     planned: list[PlannedShard] = []
     first_with: dict[str, str] = {}
     for shard in ordered:
-        identity = f"{shard.format}:{shard.etag}:{shard.size}"
-        shard = replace(shard, id=hashlib.sha256(identity.encode()).hexdigest()[:16], duplicate_of=first_with.get(identity, ""))
-        first_with.setdefault(identity, shard.uri)
-        planned.extend([shard] if shard.duplicate_of else split_giant(shard, max_shard_samples))
-    return planned
+        identity, *further = [f"{shard.format}:{e}:{shard.size}" for e in (shard.etag, shard.sha256) if e]
+        duplicate_of = next((first_with[i] for i in (identity, *further) if i in first_with), "")
+        planned.append(replace(shard, id=hashlib.sha256(identity.encode()).hexdigest()[:16], duplicate_of=duplicate_of))
+        for each in (identity, *further):
+            first_with.setdefault(each, shard.uri)
+    with ThreadPoolExecutor(REQUESTS) as pool:
+        parts = pool.map(lambda s: [s] if s.duplicate_of else split_giant(s, max_shard_samples, store(s.root)), planned)
+        return [part for parts_of_one in parts for part in parts_of_one]
 
 
 def parse_source(source: str) -> tuple[float, str]:
@@ -203,26 +216,75 @@ def _file_sha256(path: str) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def _hash_doubtful(
+    shards: list[PlannedShard],
+    known: Iterable[PlannedShard],
+    progress: Callable[[int, int], None],
+    store: Callable[[str], Storage],
+) -> list[PlannedShard]:
+    """Fill in the sha256 of S3 objects that may be copies although no etag tells so.
+
+    An ETag is the MD5 of an object only where it was uploaded in one part, and a local file's etag is its sha256. So shards of
+    one format and size with etags of different kinds are compared: first their heads, and where these agree too, their hashes.
+    """
+
+    def kind(shard: PlannedShard) -> str:
+        """Etags of one kind are equal for the same bytes: local, or of as many parts."""
+        return f"{shard.etag.partition('-')[2]} parts" if "://" in shard.root else "local"
+
+    def in_doubt(found: Iterable[PlannedShard], tell: Callable[[PlannedShard], object]) -> list[PlannedShard]:
+        alike: dict[object, list[PlannedShard]] = {}
+        for shard in found:
+            alike.setdefault(tell(shard), []).append(shard)
+        return [shard for group in alike.values() if len({kind(shard) for shard in group}) > 1 for shard in group]
+
+    def digest(shard: PlannedShard) -> str:
+        sha256 = hashlib.sha256()
+        for offset in range(0, shard.size, CHUNK_BYTES):
+            sha256.update(store(shard.root).read_at(shard.name, CHUNK_BYTES, offset))
+        return sha256.hexdigest()
+
+    same_size = in_doubt((s for s in shards if s.size and s.format != "files"), lambda s: (s.format, s.size))
+    with ThreadPoolExecutor(REQUESTS) as pool:
+        heads = pool.map(lambda s: hashlib.sha256(store(s.root).read_at(s.name, 1 << 16, 0)).digest(), same_size)
+        head_of = {s.uri: head for s, head in zip(same_size, heads, strict=True)}
+        doubtful = {s.uri: s for s in in_doubt(same_size, lambda s: (s.format, s.size, head_of[s.uri])) if "://" in s.root}
+        found = {s.uri: s.sha256 for s in known if s.uri in doubtful and s.sha256 and s.version == doubtful[s.uri].version}
+        missing = [s for s in doubtful.values() if s.uri not in found]
+        total, done = sum(s.size for s in missing), 0
+        for shard, sha256 in zip(missing, pool.map(digest, missing), strict=True):
+            found[shard.uri] = sha256
+            done += shard.size
+            progress(done, total)
+    return [replace(shard, sha256=found.get(shard.uri, "")) for shard in shards]
+
+
 def _interleave(listed: list[tuple[float, list[PlannedShard]]]) -> list[PlannedShard]:
     """Any prefix of the plan holds the sources in proportion to their weights (as far as they reach)."""
     keyed = [((i + 0.5) / weight, s, shard) for s, (weight, shards) in enumerate(listed) for i, shard in enumerate(shards)]
     return [shard for _, _, shard in sorted(keyed, key=lambda item: item[:2])]
 
 
-def split_giant(shard: PlannedShard, max_samples: int) -> list[PlannedShard]:
+def split_giant(shard: PlannedShard, max_samples: int, storage: Storage) -> list[PlannedShard]:
     """Parts of at most about `max_samples` samples, cut where a new key begins. Archives with interleaved keys stay whole.
 
-    Only shards of at least 4 KiB a sample are opened; S3 tars are never (reading their index means fetching them whole).
+    Only shards of at least 4 KiB a sample are opened. Parquet files on S3 stay whole: every part would fetch all of its file.
     """
-    if shard.size < max_samples * BYTES_PER_SAMPLE_AT_LEAST or "://" in shard.root or shard.format == "files":
+    remote = "://" in shard.root
+    if shard.size < max_samples * BYTES_PER_SAMPLE_AT_LEAST or shard.format == "files":
         return [shard]
     if shard.format == "parquet":
+        if remote:
+            return [shard]
         rows = pq.ParquetFile(shard.uri).metadata.num_rows
         bounds = list(range(0, rows, max_samples))
+    elif remote:
+        bounds = _remote_tar_bounds(shard, max_samples, storage)
     else:
         descriptor = os.open(shard.uri, os.O_RDONLY)
         try:
-            bounds = _tar_bounds(index_tar(descriptor).members, max_samples)
+            index = index_tar(functools.partial(os.pread, descriptor), os.fstat(descriptor).st_size)
+            bounds = _tar_bounds(index.members, max_samples)
         finally:
             os.close(descriptor)
     if len(bounds) < 2:
@@ -235,14 +297,43 @@ def split_giant(shard: PlannedShard, max_samples: int) -> list[PlannedShard]:
     ]
 
 
+def _remote_tar_bounds(shard: PlannedShard, max_samples: int, storage: Storage) -> list[int]:
+    """As `_tar_bounds`. Where members are small, its index costs reading most of the archive: only one whose head tells of
+    more than `max_samples` samples is indexed."""
+    read_at = _windows(storage, shard.name)
+    head = index_tar(read_at, shard.size, stop=HEAD_BYTES).members
+    if not head or len({_key(m) for m in head}) * shard.size < max_samples * (head[-1].offset + head[-1].size):
+        return []
+    return _tar_bounds(index_tar(read_at, shard.size).members, max_samples)
+
+
+def _windows(storage: Storage, name: str) -> ReadAt:
+    """Reads from a window of the object: a request takes as long as a few megabytes, and headers lie close together in
+    archives of small members. What lies between windows is not fetched."""
+    held, begin, length = b"", 0, HEAD_BYTES
+
+    def read_at(size: int, offset: int) -> bytes:
+        nonlocal held, begin, length
+        if not begin <= offset <= offset + size <= begin + len(held):
+            held, begin = storage.read_at(name, max(size, length), offset), offset
+            length = min(2 * length, CHUNK_BYTES)
+        return held[offset - begin : offset - begin + size]
+
+    return read_at
+
+
+def _key(member: Member) -> str:
+    folder, _, base = member.name.rpartition("/")
+    return f"{folder}/{base.partition('.')[0]}"  # the first dot: captions KEY.NAME.txt stay with their image
+
+
 def _tar_bounds(members: list[Member], max_samples: int) -> list[int]:
     """Header offsets at which parts begin; empty when a key's members do not lie together."""
     starts: list[int] = []
     seen: set[str] = set()
     current: str | None = None
     for member in members:
-        folder, _, base = member.name.rpartition("/")
-        key = f"{folder}/{base.partition('.')[0]}"  # the first dot: captions KEY.NAME.txt stay with their image
+        key = _key(member)
         if key == current:
             continue
         if key in seen:

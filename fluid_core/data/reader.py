@@ -7,6 +7,7 @@ in = out + filtered + quarantined holds whatever the shard looks like. Storage e
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,7 @@ def read_tar(
     """
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        index = index_tar(descriptor, start, stop)
+        index = index_tar(partial(os.pread, descriptor), os.fstat(descriptor).st_size, start, stop)
         groups, duplicates, foreign = _group(index.members)
         for fault in index.faults:
             yield Rejected(plain_name(fault.name) or f"{path.name}#{fault.reason}", fault.reason, fault.detail)
@@ -63,7 +64,8 @@ def read_tar(
 
 
 def read_shard(shard: PlannedShard, scratch: Path, caption_fields: Sequence[str] = ()) -> Iterator[RawSample | Rejected]:
-    """Samples of a planned shard; what lies on S3 is fetched into `scratch` first: a broken connection costs no sample.
+    """Samples of a planned shard; what lies on S3 is fetched into `scratch` first (of a cut tar its range): a broken
+    connection costs no sample.
 
     Keys that the index file of img2dataset promises, and that are not there, come last as `missing_member`.
     """
@@ -83,7 +85,7 @@ def read_shard(shard: PlannedShard, scratch: Path, caption_fields: Sequence[str]
 def _read(shard: PlannedShard, storage: Storage, scratch: Path, fields: tuple[str, ...]) -> Iterator[RawSample | Rejected]:
     stop = None if shard.stop < 0 else shard.stop
     if shard.format == "tar":
-        return read_tar(storage.fetch(shard.name, scratch), fields, shard.start, stop)
+        return read_tar(storage.fetch(shard.name, scratch, shard.start, stop), fields, shard.start, stop)
     if shard.format == "parquet":
         return read_parquet(storage, shard.name, scratch, fields, MAX_IMAGE_BYTES, shard.start, stop)
     return read_files(storage, shard.name, fields, MAX_IMAGE_BYTES)

@@ -1,16 +1,19 @@
 """A tar reader that loses nothing in silence: every defect of the archive is reported beside what could still be read.
 
-`index_tar` reads headers alone (512 bytes a member, by pread), so that samples can be grouped by key wherever their members
-lie in the archive, and a giant archive can be cut into ranges. After a damaged header it looks for the next whole one.
+`index_tar` reads headers alone (512 bytes a member), so that samples can be grouped by key wherever their members lie in the
+archive, and a giant archive can be cut into ranges. After a damaged header it looks for the next whole one.
 """
 
-import os
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 BLOCK = 512
 _ZERO = bytes(BLOCK)
 _SCAN_BYTES = 1 << 20
 _REGULAR = {b"0", b"\0", b"7"}
+
+ReadAt = Callable[[int, int], bytes]
+"""(number of bytes, offset) -> those bytes, fewer at the end of the archive."""
 
 
 @dataclass(frozen=True)
@@ -37,13 +40,13 @@ class TarIndex:
     faults: list[TarFault] = field(default_factory=list)
 
 
-def index_tar(descriptor: int, start: int = 0, stop: int | None = None) -> TarIndex:
-    """Index the archive, or its byte range [start, stop) as cut by the plan, on a header's boundary.
+def index_tar(read_at: ReadAt, size: int, start: int = 0, stop: int | None = None) -> TarIndex:
+    """Index the archive of `size` bytes, or the members whose header begins in its byte range [start, stop); `start` is where
+    a header begins.
 
     Faults: `empty_shard`, `not_a_tar`, `tar_bad_header`, `tar_truncated` (inside a member, or without the zero blocks that
     end an archive), `tar_link`.
     """
-    size = os.fstat(descriptor).st_size
     index = TarIndex()
     if size == 0:
         index.faults.append(TarFault("empty_shard", "the file has no bytes"))
@@ -52,13 +55,13 @@ def index_tar(descriptor: int, start: int = 0, stop: int | None = None) -> TarIn
     end = size if stop is None else min(stop, size)
     position, first_header, long_name, ended = start, None, None, False
     while position + BLOCK <= end:
-        block = os.pread(descriptor, BLOCK, position)
+        block = read_at(BLOCK, position)
         if block == _ZERO:
             ended, position = True, position + BLOCK
             continue
         header = _parse_header(block)
         if header is None:
-            found = _next_header(descriptor, position + BLOCK, end)
+            found = _next_header(read_at, position + BLOCK, end)
             if found is None and not index.members and not index.faults and position == 0:
                 index.faults.append(TarFault("not_a_tar", f"starts with {block[:24]!r}"))
                 return index
@@ -78,7 +81,7 @@ def index_tar(descriptor: int, start: int = 0, stop: int | None = None) -> TarIn
             return index
         if kind in (b"L", b"x"):
             first_header = position if first_header is None else first_header
-            extended = _extended_name(kind, os.pread(descriptor, length, data))
+            extended = _extended_name(kind, read_at(length, data))
             long_name = extended if extended is not None else long_name
         else:
             name = long_name or name
@@ -135,10 +138,10 @@ def _extended_name(kind: bytes, data: bytes) -> str | None:
     return None
 
 
-def _next_header(descriptor: int, position: int, end: int) -> int | None:
+def _next_header(read_at: ReadAt, position: int, end: int) -> int | None:
     """Where the next block with a right checksum begins; members start on block boundaries."""
     while position + BLOCK <= end:
-        chunk = os.pread(descriptor, min(_SCAN_BYTES, end - position), position)
+        chunk = read_at(min(_SCAN_BYTES, end - position), position)
         for at in range(0, len(chunk) - BLOCK + 1, BLOCK):
             # A cheap test first: the type flag of a header, and not a block of zeros.
             plausible = chunk[at + 156 : at + 157] in (b"0", b"\0", b"L", b"x", b"5", b"g") and chunk[at : at + 1] != b"\0"

@@ -3,7 +3,9 @@
 import base64
 import html
 import io
+import tempfile
 from dataclasses import replace
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +13,13 @@ import numpy as np
 import pyarrow.parquet as pq
 import torch
 from PIL import Image
+from tqdm import tqdm
 
 from fluid_core.data.decode import BadImage, DecodeOptions, DroppedImage, decode_image
 from fluid_core.data.plan import PlannedShard, read_plan
 from fluid_core.data.reader import read_shard
 from fluid_core.data.samples import RawSample
-from fluid_core.data.storage import AccessError, TransientError, absolute
+from fluid_core.data.storage import absolute
 from fluid_core.encoders.image import ImageTokenizer
 from fluid_core.latents.reader import EncodedDataset
 
@@ -32,7 +35,10 @@ figure{margin:0}figure img{width:48%;image-rendering:auto}figcaption{font-size:.
 
 
 def write_report(dataset: EncodedDataset, path: Path, images: int = 16) -> None:
-    """Write the page. Originals are shown where their shards are still there, decoded latents where the tokenizer is."""
+    """Write the page. Originals are shown where their shards are still there, decoded latents where the tokenizer is.
+
+    Shards on S3 that hold one of the pictures are fetched whole, one after another: at most `images` of them.
+    """
     manifest = dataset.manifest
     counts = manifest.counts
     rows = [("in", counts["in"]), ("out", counts["out"])]
@@ -110,14 +116,17 @@ def _pictures(dataset: EncodedDataset, images: int) -> str:
     chosen = [groups[i * len(groups) // min(images, len(groups))] for i in range(min(images, len(groups)))]
     each = -(-images // len(chosen))
     figures = []
-    for shard_index, group_index, _ in chosen:
-        rows = dataset.read_group(shard_index, group_index, ["key", "captions", "moments", "codes"])
-        latents = rows.moments.float().chunk(2, dim=1)[0] if rows.moments is not None else rows.codes
-        assert latents is not None
-        decoded = tokenizer.decode(latents[:each])
-        shard = plan.get(manifest.shards[shard_index].id)
-        originals = _originals(shard, set(rows.keys[:each]), tuple(decoded.shape[-2:]), manifest.settings)
-        for key, caption, picture in zip(rows.keys, rows.captions, decoded, strict=False):
+    bar = tqdm(chosen, desc="pictures", unit="group", disable=None, leave=False)
+    for shard_index, groups_of_shard in groupby(bar, key=lambda group: group[0]):
+        shown: list[tuple[str, str, torch.Tensor]] = []
+        for _, group_index, _ in groups_of_shard:
+            rows = dataset.read_group(shard_index, group_index, ["key", "captions", "moments", "codes"])
+            latents = rows.moments.float().chunk(2, dim=1)[0] if rows.moments is not None else rows.codes
+            assert latents is not None
+            shown.extend(zip(rows.keys, rows.captions, tokenizer.decode(latents[:each]), strict=False))
+        sizes = {key: (picture.shape[-2], picture.shape[-1]) for key, _, picture in shown}
+        originals = _originals(plan.get(manifest.shards[shard_index].id), sizes, manifest.settings)
+        for key, caption, picture in shown:
             array = ((picture.permute(1, 2, 0) + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).numpy()
             original = _png(originals[key]) if key in originals else ""
             label = f"<figcaption>{html.escape(key)}: {html.escape(caption)}</figcaption>"
@@ -126,21 +135,21 @@ def _pictures(dataset: EncodedDataset, images: int) -> str:
     return f'<p>Left the original as it was cropped, right its latents decoded.</p><div class="pictures">{grid}</div>'
 
 
-def _originals(shard: PlannedShard | None, keys: set[str], size: tuple[int, ...], settings: dict[str, Any]) -> dict[str, Any]:
-    """Cropped originals by key, as far as the source is still there."""
-    if shard is None or "://" in shard.root:  # fetching whole shards from S3 for a page is not worth it
+def _originals(shard: PlannedShard | None, sizes: dict[str, tuple[int, int]], settings: dict[str, Any]) -> dict[str, Any]:
+    """Originals by key, cropped to the (height, width) that `sizes` gives, as far as the source is still there."""
+    if shard is None:
         return {}
-    options = DecodeOptions(settings["image_size"], buckets=((size[0], size[1]),))
     found: dict[str, Any] = {}
     try:
-        here = replace(shard, root=absolute(shard.root))
-        for sample in read_shard(here, Path("."), settings["caption_fields"]):
-            if isinstance(sample, RawSample) and sample.key in keys:
-                found[sample.key] = decode_image(sample.image, options).pixels_HW3
-            if len(found) == len(keys):
-                break
-    except (OSError, AccessError, TransientError, BadImage, DroppedImage):
-        pass  # moved or changed since: the page shows the decoded latents alone
+        with tempfile.TemporaryDirectory(prefix="fluid-report-") as scratch:
+            for sample in read_shard(replace(shard, root=absolute(shard.root)), Path(scratch), settings["caption_fields"]):
+                if isinstance(sample, RawSample) and sample.key in sizes:
+                    options = DecodeOptions(settings["image_size"], buckets=(sizes[sample.key],))
+                    found[sample.key] = decode_image(sample.image, options).pixels_HW3
+                if len(found) == len(sizes):
+                    break
+    except (OSError, ValueError, BadImage, DroppedImage):
+        pass  # moved or changed since, or out of reach: the page shows the decoded latents alone
     return found
 
 

@@ -9,7 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from encoding_support import content, encode_here, encoders, image_bytes, make_shards, recipe_values, sample_members, write_tar
+from encoding_support import (
+    content,
+    encode_here,
+    encoders,
+    image_bytes,
+    make_shards,
+    recipe_values,
+    sample_members,
+    small_disk,
+    write_tar,
+)
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -62,9 +72,23 @@ def test_all_kinds_of_broken_shards_in_one_run(tmp_path, capsys):
 
 
 def test_full_disk_is_one_error_and_the_next_run_goes_on(tmp_path, monkeypatch):
-    make_shards(tmp_path / "data", 3, 4)
-    undisturbed = recipe(tmp_path, [str(tmp_path / "data")], tmp_path / "undisturbed")
-    encode_here(undisturbed)
+    for name, samples, first in (("0", 4, 0), ("1", 60, 100), ("2", 4, 200)):
+        make_shards(tmp_path / "data" / name, 1, samples, first)
+    encode_here(recipe(tmp_path, [str(tmp_path / "data")], tmp_path / "undisturbed"))
+    config = recipe(tmp_path, [str(tmp_path / "data")], encode={"scratch": str(tmp_path / "disk")})
+    with small_disk(tmp_path / "disk", 64) as mounted:
+        if not mounted:
+            fail_second_shard(monkeypatch)
+        with pytest.raises(ValueError, match=r"no space left.*encode\.scratch"):
+            encode_here(config)
+        assert len(list((tmp_path / "out/_ledger").iterdir())) == 1
+        assert not list((tmp_path / "disk").iterdir())
+    encode_here(config)
+    assert content(tmp_path / "out") == content(tmp_path / "undisturbed")
+
+
+def fail_second_shard(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a full disk does, where a small one cannot be mounted."""
     real, calls = committer.write_quarantine, []
 
     def full(path: Path, records: Any) -> None:
@@ -74,11 +98,6 @@ def test_full_disk_is_one_error_and_the_next_run_goes_on(tmp_path, monkeypatch):
         real(path, records)
 
     monkeypatch.setattr(committer, "write_quarantine", full)
-    with pytest.raises(ValueError, match=r"no space left.*encode\.scratch"):
-        encode_here(recipe(tmp_path, [str(tmp_path / "data")]))
-    assert len(list((tmp_path / "out/_ledger").iterdir())) == 1
-    encode_here(recipe(tmp_path, [str(tmp_path / "data")]))
-    assert content(tmp_path / "out") == content(tmp_path / "undisturbed")
 
 
 @settings(max_examples=int(os.environ.get("FLUID_MUTATIONS", "12")), deadline=None, suppress_health_check=list(HealthCheck))
