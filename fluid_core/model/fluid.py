@@ -54,7 +54,9 @@ class FluidModel(nn.Module):
         if continuous:
             outputs = head_outputs(config.objective, config.token_channels)
             as_trunk = config.head_precision == "bf16"
-            self.head: Any = DiffusionHead(width, config.head_width, config.head_blocks, config.token_channels, outputs, as_trunk)
+            self.head: Any = DiffusionHead(
+                width, config.head_width, config.head_blocks, config.token_channels, outputs, as_trunk
+            )
         else:
             self.head = CodeHead(width)
 
