@@ -212,6 +212,9 @@ class Committer:
     def _close(self, where: tuple[str, str], failure: Failure | None) -> None:
         files = self.open.pop(where, None)
         if files is not None:
+            for writer in (files.latents, files.text):
+                if writer is not None:
+                    writer.abandon()
             shutil.rmtree(files.folder, ignore_errors=True)
         self.closed[where] = failure
 

@@ -1,6 +1,7 @@
 """Writes one shard of an encoded data set: the latents file, the text sidecar with the same row order, the quarantine file."""
 
 import base64
+import contextlib
 import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -74,6 +75,12 @@ class RowGroupWriter:
 
     def close(self) -> None:
         self._writer.close()
+
+    def abandon(self) -> None:
+        """Let go of an unfinished file that nobody will read; on a full disk its footer cannot be written."""
+        with contextlib.suppress(OSError, pa.ArrowException):
+            self._writer.close()
+        self._writer.is_open = False  # or pyarrow tries again when the object goes, and prints that it failed
 
 
 def latents_writer(path: Path, kind: str, flip: bool, metadata: dict[str, str]) -> RowGroupWriter:

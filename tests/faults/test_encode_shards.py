@@ -71,6 +71,7 @@ def test_all_kinds_of_broken_shards_in_one_run(tmp_path, capsys):
     assert "truncated_image" in page and page.count("<figure>") > 4 and page.count("data:image/png") > page.count("<figure>")
 
 
+@pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")
 def test_full_disk_is_one_error_and_the_next_run_goes_on(tmp_path, monkeypatch):
     for name, samples, first in (("0", 4, 0), ("1", 60, 100), ("2", 4, 200)):
         make_shards(tmp_path / "data" / name, 1, samples, first)
