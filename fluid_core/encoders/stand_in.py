@@ -22,6 +22,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
 from fluid_core.config import Recipe, StandInT5Config
+from fluid_core.workflow.stage import replace_folder
 
 SPECIAL = ("<pad>", "</s>", "<unk>")  # with the ids that T5 gives them
 LETTER_SCORE = -20.0  # log-probability: any whole word beats its spelling
@@ -57,8 +58,7 @@ def ensure_text_encoder(recipe: Recipe, captions: Iterable[str] | None = None) -
     shutil.rmtree(partial, ignore_errors=True)
     create_stand_in_t5(words, config.create, partial, recipe.seed)
     (partial / RECORD).write_text(json.dumps({"fingerprint": fingerprint, "words": len(words)}) + "\n")
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(partial, folder)
+    replace_folder(partial, folder)
     print(f"text encoder: made a T5 stand-in of {len(words)} words in {folder}")
     return folder
 

@@ -1,7 +1,6 @@
 """Training a tokenizer from the driver's side: images in, Ray Train, progress and MLflow, a diffusers folder out."""
 
 import json
-import os
 import shutil
 import threading
 import uuid
@@ -21,7 +20,7 @@ from fluid_core.encoders.pixels import collect_pixels, list_tars, open_pixels
 from fluid_core.encoders.tokenizer_training import PROGRESS, Mixture, train_tokenizer_worker
 from fluid_core.entry import KEEP_FREED_MEMORY, ray_session
 from fluid_core.registry.tracking import Tracker
-from fluid_core.workflow.stage import write_json_atomic
+from fluid_core.workflow.stage import replace_folder, write_json_atomic
 
 RECORD = "training.json"
 POLL_SECONDS = 1.0
@@ -76,8 +75,7 @@ def train_tokenizer(recipe: Recipe, fingerprint: str) -> dict[str, Any]:
 
     write_json_atomic(work / "model" / RECORD, {"fingerprint": fingerprint, "metrics": result["metrics"]})
     target.parent.mkdir(parents=True, exist_ok=True)
-    shutil.rmtree(target, ignore_errors=True)
-    os.replace(work / "model", target)
+    replace_folder(work / "model", target)
     for left in ("train", "heldout", "ray"):
         shutil.rmtree(work / left, ignore_errors=True)
     for left in ("last.pt", "pixels.json"):

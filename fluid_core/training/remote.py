@@ -24,6 +24,7 @@ from typing import Any
 
 from fluid_core.data.storage import CHUNK_BYTES, AccessError, TransientError, open_storage
 from fluid_core.training.checkpoint import COMPLETE, PINNED, STATE, Checkpoint, latest_complete, list_checkpoints, retained
+from fluid_core.workflow.stage import replace_folder
 
 FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 5.0, 60.0
 FINISH_SECONDS = 1800.0
@@ -142,8 +143,7 @@ class RemoteCheckpoints:
             problem = Checkpoint(work, checkpoint.step).problem()
             if problem:
                 raise ValueError(problem.replace(str(work), checkpoint.uri))
-            shutil.rmtree(target, ignore_errors=True)
-            work.replace(target)
+            replace_folder(work, target)
         finally:
             shutil.rmtree(work, ignore_errors=True)
         return Checkpoint(target, checkpoint.step)

@@ -13,6 +13,7 @@ runs again, going on from whatever its own ledger or checkpoints kept.
 import hashlib
 import json
 import os
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,19 @@ def write_json_atomic(path: str | Path, value: Any) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
+
+
+def replace_folder(new: Path, target: Path) -> None:
+    """Move the folder `new` to `target`, in the place of one that may be there, on the same file system.
+
+    Killed at any moment, `target` is the whole old folder, absent, or the whole new one, never a part.
+    """
+    old = target.with_name(f".{target.name}.replaced")
+    shutil.rmtree(old, ignore_errors=True)
+    if target.exists():  # moved away first: a folder is not removed at once
+        os.replace(target, old)
+    os.replace(new, target)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def stage_record(recipe: Recipe, name: str) -> dict[str, Any] | None:
