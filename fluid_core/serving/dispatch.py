@@ -24,7 +24,7 @@ class Dispatcher:
     """Counts the images in flight and bounds them; `generator` is the handle of the Generator deployment."""
 
     def __init__(self, generator: Any, config: ServingConfig, metrics: ServingMetrics):
-        self._generator = generator.options(stream=True)
+        self._generate, self._stream = generator.generate, generator.options(stream=True).stream
         self._config = config
         self._metrics = metrics
         self._finished: deque[tuple[float, int]] = deque(maxlen=64)
@@ -118,14 +118,14 @@ class Dispatcher:
                 self._metrics.retries.inc()
 
     async def _once(self, task: ImageTask, deadline: float, seconds: float) -> AsyncGenerator[TaskEvent, None]:
-        response = self._generator.generate.remote(task, deadline - time.monotonic())
+        response = (self._stream if task.stream else self._generate).remote(task, deadline - time.monotonic())
         ended = False
         try:
             while True:
                 try:
                     # The replica ends the task at its deadline; the second more is for a replica that hangs.
                     async with asyncio.timeout_at(asyncio.get_running_loop().time() + deadline + 1 - time.monotonic()):
-                        events: list[TaskEvent] = await anext(response)
+                        events: list[TaskEvent] = [await anext(response)] if task.stream else await response
                 except TimeoutError:
                     raise deadline_exceeded(seconds) from None
                 except TaskCancelledError:

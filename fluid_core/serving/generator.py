@@ -98,20 +98,15 @@ class Generator:
         if not self._version.batcher.healthy(STALLED_SECONDS):
             raise RuntimeError("the batching thread is dead or stuck")
 
-    async def generate(self, task: ImageTask, seconds: float) -> AsyncIterator[list[TaskEvent]]:
-        """The events of a task (tasks.py), `error` last where there is one. Leaving the generator cancels the task.
-
-        A task that is not streamed gets them in one message: each message takes time from the thread that runs the model.
-        """
-        held = []
+    async def stream(self, task: ImageTask, seconds: float) -> AsyncIterator[TaskEvent]:
+        """The events of a task (tasks.py), `error` last where there is one. Leaving the generator cancels the task."""
         async with aclosing(self._events(task, seconds)) as events:
             async for event in events:
-                if task.stream:
-                    yield [event]
-                else:
-                    held.append(event)
-        if held:
-            yield held
+                yield event
+
+    async def generate(self, task: ImageTask, seconds: float) -> list[TaskEvent]:
+        """The same events in one answer: each message takes time from the thread that runs the model."""
+        return [event async for event in self.stream(task, seconds)]
 
     async def _events(self, task: ImageTask, seconds: float) -> AsyncGenerator[TaskEvent, None]:
         loop = asyncio.get_running_loop()
