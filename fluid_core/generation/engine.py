@@ -258,9 +258,9 @@ def _sample(model: FluidModel, slots: Sequence[DecodeSlot], places: list[Tensor]
         conditional, unconditional = out.chunk(2)
         return guide(conditional, unconditional, weight_P1, channels)
 
-    # Only ddpm asks for noise at every step.
-    noise_SPC = _step_noise(slots, places, request.head_steps if request.solver == "ddpm" else 0, channels)
     initial_PC = torch.cat([slot.noise_NC[place] for slot, place in zip(slots, places, strict=True)])
+    # Only ddpm asks for noise at every step.
+    noise_SPC = _step_noise(slots, places, request.head_steps, channels) if request.solver == "ddpm" else torch.empty(0)
     return solve(
         config.objective,
         request.solver,

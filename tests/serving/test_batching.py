@@ -101,6 +101,32 @@ def test_an_image_joins_a_running_batch(pipeline: FluidPipeline) -> None:
     batcher.close()
 
 
+def test_under_load_images_fall_into_step(pipeline: FluidPipeline) -> None:
+    """Eight places always wanted, each freed at a step of its own: they would stay apart for ever."""
+    batcher, rounds = ContinuousBatcher(pipeline, max_batch_size=8), 6
+    ended: dict[int, list[int]] = {round_: [] for round_ in range(rounds)}
+    finished = threading.Semaphore(0)
+
+    def begin(place: int, round_: int) -> None:
+        steps = 4 + place if round_ == 0 else 12
+
+        def on_end(error: BaseException | None) -> None:
+            assert error is None
+            ended[round_].append(batcher.steps)
+            begin(place, round_ + 1) if round_ + 1 < rounds else finished.release()
+
+        requests = pipeline.requests(["a red circle"], seed=place, num_steps=steps)
+        batcher.submit(Job(1, lambda: requests, lambda *_: None, on_end))
+
+    for place in range(8):
+        begin(place, 0)
+    for _ in range(8):
+        assert finished.acquire(timeout=60)
+    assert len(set(ended[0])) >= 6
+    assert len(set(ended[rounds - 1])) <= 4
+    batcher.close()
+
+
 def test_bad_requests_deadlines_and_cancellation_touch_nobody_else(pipeline: FluidPipeline) -> None:
     batcher = ContinuousBatcher(pipeline, max_batch_size=2)
     neighbour = Client(pipeline, ["a red circle"], num_steps=16, partial_images=15)
