@@ -23,14 +23,28 @@ from fluid_core.config import Recipe, load_recipe
 ProgramError = (ValueError, FileNotFoundError, PermissionError, ConnectionError)
 """What a user can mend. Anything else is a defect of ours and keeps its traceback."""
 
-KEEP_FREED_MEMORY = {
+_GLIBC_KEEPS = {
     "MALLOC_ARENA_MAX": "1",
     "MALLOC_MMAP_THRESHOLD_": str(1 << 30),
     "MALLOC_TRIM_THRESHOLD_": str(8 << 30),
     "MALLOC_TOP_PAD_": str(64 << 20),
 }
-"""For workers that compute on the CPU: glibc gives large buffers back to the system when they are freed, and every step gets
-them again page by page. Kept instead, a step of the demo takes a fifth less time (docs/training.md)."""
+
+
+def keep_freed_memory() -> dict[str, str]:
+    """Environment for workers that compute on the CPU: an allocator that keeps large buffers for the next step.
+
+    glibc gives them back to the system when they are freed, and every step gets them again page by page. Told to keep them
+    it searches long lists instead, so Ray's own copy of jemalloc takes its place where there is one (docs/training.md).
+    """
+    import ray
+
+    jemalloc = Path(ray.__file__).parent / "core/libjemalloc.so"
+    if not jemalloc.is_file():
+        return _GLIBC_KEEPS
+    # The settings for glibc go along: on a machine where this path does not exist, the loader says so and goes on with glibc.
+    keeps = "dirty_decay_ms:-1,muzzy_decay_ms:-1,oversize_threshold:0,narenas:1"
+    return _GLIBC_KEEPS | {"LD_PRELOAD": str(jemalloc), "MALLOC_CONF": keeps}
 
 
 def pipeline_parser(doc: str | None, stages: Sequence[str] | None = None) -> argparse.ArgumentParser:

@@ -18,7 +18,7 @@ from fluid_core.data.shard_writer import require_disk
 from fluid_core.encoders.autoencoder import build_tokenizer
 from fluid_core.encoders.pixels import collect_pixels, list_tars, open_pixels
 from fluid_core.encoders.tokenizer_training import PROGRESS, Mixture, train_tokenizer_worker
-from fluid_core.entry import KEEP_FREED_MEMORY, ray_session
+from fluid_core.entry import keep_freed_memory, ray_session
 from fluid_core.registry.tracking import Tracker
 from fluid_core.workflow.stage import replace_folder, write_json_atomic
 
@@ -128,7 +128,7 @@ def _fit(config: TokenizerTrainingConfig, settings: dict[str, Any], work: Path) 
             name=f"train_tokenizer-{uuid.uuid4().hex[:8]}",
             storage_path=str((work / "ray").resolve()),
             failure_config=FailureConfig(max_failures=3),
-            worker_runtime_env={} if config.gpus_per_worker else {"env_vars": KEEP_FREED_MEMORY},
+            worker_runtime_env={} if config.gpus_per_worker else {"env_vars": keep_freed_memory()},
         ),
     ).fit()
 

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from fluid_core.config import Recipe
 from fluid_core.data.storage import absolute
-from fluid_core.entry import KEEP_FREED_MEMORY, ray_session
+from fluid_core.entry import keep_freed_memory, ray_session
 from fluid_core.latents.reader import EncodedDataset
 from fluid_core.registry.tracking import Tracker
 from fluid_core.training.checkpoint import PINNED, list_checkpoints
@@ -272,7 +272,7 @@ def _fit(recipe: Recipe, settings: RunSettings) -> None:
             name=f"pretrain-{uuid.uuid4().hex[:8]}",
             storage_path=str(scratch),
             failure_config=FailureConfig(max_failures=training.max_failures),
-            worker_runtime_env={} if training.gpus_per_worker else {"env_vars": KEEP_FREED_MEMORY},
+            worker_runtime_env={} if training.gpus_per_worker else {"env_vars": keep_freed_memory()},
         ),
     )
     (Path(settings.run_dir) / "result.json").unlink(missing_ok=True)
