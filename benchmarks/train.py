@@ -121,6 +121,9 @@ def _row(name: str, ours: float, reference: float, unit: str, target: str) -> di
 
 def _spawn(workers: int, work: Callable[[], dict[str, float]]) -> list[dict[str, float]]:
     """`work()` in each of `workers` processes of one gloo group. RuntimeError when one of them fails or dies."""
+    from fluid_core.entry import keep_freed_memory
+
+    os.environ.update(keep_freed_memory())  # as training workers on CPU have it; both sides of each ratio
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
