@@ -43,7 +43,9 @@ def keep_freed_memory() -> dict[str, str]:
     if not jemalloc.is_file():
         return _GLIBC_KEEPS
     # The settings for glibc go along: on a machine where this path does not exist, the loader says so and goes on with glibc.
-    keeps = "dirty_decay_ms:-1,muzzy_decay_ms:-1,oversize_threshold:0,narenas:1"
+    # Pages are kept for good once they were left alone for ten seconds (muzzy) and joined; pages in use (dirty) are not joined, so
+    # keeping those for good would let memory grow without end.
+    keeps = "muzzy_decay_ms:-1,oversize_threshold:0,narenas:1"
     return _GLIBC_KEEPS | {"LD_PRELOAD": str(jemalloc), "MALLOC_CONF": keeps}
 
 
