@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-_EXPLICIT_MAX_KEYS = 64
-"""Up to this many keys plain matmuls beat the fused kernel on CPU (`python benchmarks/run.py model` measures it)."""
+_EXPLICIT_MAX_KEYS = {torch.float32: 64, torch.bfloat16: 256}
+"""Up to this many keys plain matmuls beat the fused kernel on CPU, or do as well (`python -m benchmarks.run model`)."""
 
 
 class Linear(nn.Linear):
@@ -37,7 +37,7 @@ def attend(q_BHNd: Tensor, k_BHMd: Tensor, v_BHMd: Tensor, bias: Tensor | None =
     `bias`: additive, broadcasts to (B, H, N, M); -inf hides a key. This is the only place that chooses a kernel: the fused
     one, or plain matmuls for few keys on CPU.
     """
-    if q_BHNd.device.type == "cpu" and k_BHMd.shape[2] <= _EXPLICIT_MAX_KEYS:
+    if q_BHNd.device.type == "cpu" and k_BHMd.shape[2] <= _EXPLICIT_MAX_KEYS.get(k_BHMd.dtype, 0):
         logits_BHNM = torch.matmul(q_BHNd * (1.0 / math.sqrt(q_BHNd.shape[-1])), k_BHMd.transpose(-1, -2))
         if bias is not None:
             logits_BHNM = logits_BHNM + bias.to(logits_BHNM.dtype)

@@ -19,7 +19,7 @@ def test_both_attention_paths_agree_with_the_fused_kernel(queries: int, keys: in
     mask[:, 0] = True
     expected = scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None, None, :])
     for limit in (0, 1000):  # always fused; always plain
-        monkeypatch.setattr(layers, "_EXPLICIT_MAX_KEYS", limit)
+        monkeypatch.setattr(layers, "_EXPLICIT_MAX_KEYS", {torch.float32: limit})
         assert torch.allclose(attend(q, k, v, padding_bias(mask)), expected, atol=1e-5)
 
 
