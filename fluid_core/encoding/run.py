@@ -21,6 +21,7 @@ from fluid_core.encoding.ledger import Ledger
 from fluid_core.encoding.manifest import build_manifest, read_null_text
 from fluid_core.encoding.progress import EncodingProgress
 from fluid_core.encoding.settings import EncodeSettings
+from fluid_core.entry import keep_freed_memory
 from fluid_core.latents.manifest import Manifest
 
 LOOK_SECONDS = 10.0  # how often the driver asks the committers for failures
@@ -240,6 +241,7 @@ def _reports(
 
     from fluid_core.encoding.operators import Encode, ReadDecode
 
+    on_cpu = {"num_cpus": _cpus_per_encoder(config), "runtime_env": {"env_vars": keep_freed_memory()}}
     context = DataContext.get_current()
     context.enable_progress_bars = False
     context.target_max_block_size = settings.chunk_samples * 3 * settings.image_size**2
@@ -260,12 +262,19 @@ def _reports(
         batch_format="pyarrow",
         zero_copy_batch=True,
         compute=ActorPoolStrategy(size=config.encode_workers),
-        num_cpus=0 if config.gpus_per_worker else 1,
-        num_gpus=config.gpus_per_worker,
         memory=config.encode_memory_mib << 20,
+        **({"num_cpus": 0, "num_gpus": config.gpus_per_worker} if config.gpus_per_worker else on_cpu),
     )
     for row in encoded.iter_rows():
         yield json.loads(row["report"])
+
+
+def _cpus_per_encoder(config: EncodeConfig) -> float:
+    """What Ray reserves for an encode worker on CPU: a share of what the decode workers, which need little beside it, leave."""
+    import ray
+
+    left = ray.cluster_resources().get("CPU", 0) - config.decode_workers
+    return min(1.0, int(100 * left / config.encode_workers) / 100)
 
 
 def _work_item(output: Output, shard: PlannedShard) -> dict[str, Any]:
@@ -278,10 +287,10 @@ def _require_resources(config: EncodeConfig) -> None:
     import ray
 
     resources = ray.cluster_resources()
-    cpus = config.decode_workers + (0 if config.gpus_per_worker else config.encode_workers)
+    cpus = config.decode_workers + (not config.gpus_per_worker)
     if resources.get("CPU", 0) < cpus:
         raise ValueError(
-            f"encode.decode_workers and encode_workers need {cpus} CPUs, Ray has {resources.get('CPU', 0):.0f}: lower them"
+            f"encode.decode_workers and the encoders need {cpus} CPUs, Ray has {resources.get('CPU', 0):.0f}: lower decode_workers"
         )
     if resources.get("GPU", 0) < config.gpus_per_worker * config.encode_workers:
         raise ValueError(
