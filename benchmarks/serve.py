@@ -3,6 +3,8 @@
     python -m benchmarks.run serve
 
 The demo's model, encoders and sampler with random weights, one thread a process. Rounds of both sides alternate; medians.
+A request costs about the same whatever the model (client, proxy, gateway and replica share the machine's cores), so throughput
+is measured with a trunk and head of twice the width too, whose images take about three times as long.
 """
 
 import statistics
@@ -41,14 +43,20 @@ def rows() -> list[Row]:
     from fluid_core.serving.app import serving
 
     torch.set_num_threads(1)
-    with tempfile.TemporaryDirectory(prefix="fluid-bench-") as folder, ray_session(num_cpus=4):
-        recipe = _recipe(Path(folder))
-        pipeline = FluidPipeline.from_pretrained(recipe.serving.model or "")
-        with serving(recipe) as (url, _), httpx.Client(timeout=600, limits=httpx.Limits(max_connections=4 * BATCH)) as client:
-            return [*_throughput(pipeline, url, client), *_latency(pipeline, url, client)]
+    found: list[Row] = []
+    for name, wider in (("the demo's model", 1), ("a model twice as wide", 2)):
+        with tempfile.TemporaryDirectory(prefix="fluid-bench-") as folder, ray_session(num_cpus=4):
+            recipe = _recipe(Path(folder), wider)
+            pipeline = FluidPipeline.from_pretrained(recipe.serving.model or "")
+            limits = httpx.Limits(max_connections=4 * BATCH)
+            with serving(recipe) as (url, _), httpx.Client(timeout=600, limits=limits) as client:
+                found.append(_throughput(name, pipeline, url, client))
+                if wider == 1:
+                    found += _latency(pipeline, url, client)
+    return found
 
 
-def _throughput(pipeline: FluidPipeline, url: str, client: httpx.Client) -> list[Row]:
+def _throughput(name: str, pipeline: FluidPipeline, url: str, client: httpx.Client) -> Row:
     """Saturation: more requests waiting than there are places in the batch. Filling and emptying the server is not counted."""
     prompts = [PROMPTS[i % len(PROMPTS)] for i in range(6 * BATCH)]
     served, offline = [], []
@@ -61,7 +69,9 @@ def _throughput(pipeline: FluidPipeline, url: str, client: httpx.Client) -> list
             ends = sorted(pool.map(lambda body: _ask(client, url, body), bodies))
             served.append(3 * BATCH / (ends[4 * BATCH] - ends[BATCH]))
     ours, reference = statistics.median(served[1:]), statistics.median(offline[1:])
-    return [_row(f"serving throughput, batch {BATCH}", ours, reference, ours / reference, "images/s", ">= 0.95 x offline")]
+    return _row(
+        f"serving throughput, batch {BATCH}, {name}", ours, reference, ours / reference, "images/s", ">= 0.95 x offline"
+    )
 
 
 def _latency(pipeline: FluidPipeline, url: str, client: httpx.Client) -> list[Row]:
@@ -91,13 +101,14 @@ def _row(name: str, ours: float, reference: float, ratio: float | None, unit: st
     return {"name": name, "ours": ours, "reference": reference, "ratio": ratio, "unit": unit, "target": target}
 
 
-def _recipe(folder: Path) -> Recipe:
-    """The demo's recipe with a bundle of random weights to serve."""
+def _recipe(folder: Path, wider: int) -> Recipe:
+    """The demo's recipe with a bundle of random weights to serve, of so many times the demo's width."""
     values = yaml.safe_load((REPOSITORY / "configs/demo.yaml").read_text())
     values["runs_dir"] = str(folder / "runs")
     values["serving"] = {
         "port": 0, "model": str(folder / "bundle"), "max_batch_size": BATCH, "max_queued": 8 * BATCH, "cpus_per_replica": 1,
     }  # fmt: skip
+    values["model"]["width"] *= wider
     (folder / "recipe.yaml").write_text(yaml.safe_dump(values))
     recipe = load_recipe(folder / "recipe.yaml")
     torch.manual_seed(0)

@@ -7,6 +7,7 @@ if __name__ == "__main__":
 """
 
 import argparse
+import errno
 import logging
 import os
 import sys
@@ -19,6 +20,7 @@ from typing import Any
 import yaml
 
 from fluid_core.config import Recipe, load_recipe
+from fluid_core.workflow.preflight import check_machine
 
 ProgramError = (ValueError, FileNotFoundError, PermissionError, ConnectionError)
 """What a user can mend. Anything else is a defect of ours and keeps its traceback."""
@@ -89,9 +91,16 @@ def run_pipeline(
         if args.print_config:
             print(yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False), end="")
             sys.exit(0)
+        if not stages and not os.environ.get("RAY_ADDRESS"):  # the workflow looks by itself; in a cluster the work is elsewhere
+            check_machine(recipe)
         sys.exit(main(recipe, args) or 0)
     except ProgramError as error:
         print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        print(f"error: the disk is full ({error.filename or recipe.runs_dir}): free some; the same command goes on", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted; run the same command again to go on", file=sys.stderr)

@@ -40,9 +40,25 @@ def test_every_pipeline_refuses_bad_recipes_in_one_line(
         ([config, "--set", "training.lerning_rate=1"], "did you mean 'learning_rate'"),
         ([config, "--set", "training.max_steps=no"], "training.max_steps"),
         ([config, "--set", "seed"], "write section.key=value"),
+        ([config, "--set", "seed=[1"], "is not valid YAML"),
     ]
     for arguments, wanted in cases:
         assert call(script, ["--config", *arguments, *required], monkeypatch) == 2
+        error = capsys.readouterr().err.strip()
+        assert error.startswith("error: ") and wanted in error and "\n" not in error, error
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+def test_every_pipeline_looks_at_the_machine_first(
+    name: str, repository: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    required = ["--prompts", "prompts.jsonl", "--output", "out"] if name == "generate_batch" else []
+    arguments = ["--config", str(repository / "configs" / "tiny.yaml"), "--set", f"runs_dir={tmp_path}", *required]
+    for constant, wanted in (("MINIMUM_DISK", "to another disk"), ("MINIMUM_MEMORY", "GiB of memory are available")):
+        with monkeypatch.context() as patch:
+            patch.setattr(f"fluid_core.workflow.preflight.{constant}", 1 << 60)
+            assert call(repository / "pipelines" / f"{name}.py", arguments, monkeypatch) == 2
         error = capsys.readouterr().err.strip()
         assert error.startswith("error: ") and wanted in error and "\n" not in error, error
 

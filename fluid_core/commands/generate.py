@@ -37,6 +37,12 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError(f"-n {args.count}: at least 1")
     if args.reveal and not args.reveal.lower().endswith(".gif"):
         raise ValueError(f"--reveal {args.reveal}: the animation is a GIF, so name a file that ends in .gif")
+    folder = Path(args.output)
+    for made in (folder, Path(args.reveal or ".").parent):
+        try:
+            made.mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError):
+            raise ValueError(f"{made} cannot be made a folder, a file is in its way: name another") from None
     from fluid_core.generation.engine import DecodeSlot
     from fluid_core.generation.pipeline import BATCH_SIZE, FluidPipeline
     from fluid_core.generation.reveal import Reveal
@@ -67,13 +73,10 @@ def run(args: argparse.Namespace) -> None:
                 reveal(step, steps, slots)
 
         images = pipeline.run(requests, callback=callback, batch_size=args.batch_size)
-    folder = Path(args.output)
-    folder.mkdir(parents=True, exist_ok=True)
     for i, image in enumerate(images):
         image.save(folder / f"{i:05d}.png")
         print(folder / f"{i:05d}.png")
     if reveal is not None:
-        Path(args.reveal).parent.mkdir(parents=True, exist_ok=True)
         reveal.save(pipeline, args.reveal)
         print(args.reveal)
 

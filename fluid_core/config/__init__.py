@@ -107,7 +107,11 @@ def load_recipe(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
         key, separator, text = override.partition("=")
         if not separator:
             raise ValueError(f"--set {override!r}: write section.key=value")
-        _assign(values, key.strip().split("."), yaml.safe_load(text), override)
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError:
+            raise ValueError(f"--set {override!r}: {text!r} is not valid YAML") from None
+        _assign(values, key.strip().split("."), value, override)
     try:
         return Recipe.model_validate(values)
     except ValidationError as error:

@@ -60,7 +60,8 @@ def decode_image(data: bytes, options: DecodeOptions) -> DecodedImage:
         raise BadImage("empty_image", "no bytes")
     try:
         image = _open(data, options)
-        orientation = image.getexif().get(0x0112, 1)
+        # Pillow turns a TIFF upright by itself.
+        orientation = 1 if image.format == "TIFF" else image.getexif().get(0x0112, 1)
         width, height = (image.height, image.width) if orientation in (5, 6, 7, 8) else (image.width, image.height)
         crop, size = _crop(width, height, options)
         if image.format == "JPEG":

@@ -54,7 +54,8 @@ class OptOut:
         return cls(frozenset(line for line in lines if line and not line.startswith("#")))
 
     def holds(self, key: str, sha256: str, metadata: dict[str, Any]) -> bool:
-        return bool(self.entries) and (key in self.entries or sha256 in self.entries or metadata.get("url") in self.entries)
+        urls = [url for url in (metadata.get("url"), metadata.get("URL")) if isinstance(url, str)]
+        return not self.entries.isdisjoint((key, sha256, *urls))
 
     @property
     def digest(self) -> str:
@@ -109,7 +110,7 @@ class SampleFilter:
         if isinstance(value, (int, float, str)) and not isinstance(value, bool):
             try:
                 number = float(value)
-            except ValueError:
+            except (ValueError, OverflowError):
                 number = None
         if number is None or number != number:
             if threshold.missing == "fail":

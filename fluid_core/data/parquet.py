@@ -6,6 +6,7 @@ relative ones are looked for beside the Parquet file. Captions: caption, text, T
 image_id, else the row's number. All other plain columns become the sample's metadata.
 """
 
+import errno
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -62,8 +63,10 @@ def read_parquet(
             if row + batch.num_rows <= start:
                 row += batch.num_rows
                 continue
-            for values in batch.to_pylist():
-                if start <= row and (stop is None or row < stop):
+            for values in _rows(batch):
+                if start <= row and (stop is None or row < stop) and values is None:
+                    yield Rejected(f"{label}#{row}", "text_not_utf8", "a text of this row is not UTF-8")
+                elif start <= row and (stop is None or row < stop):
                     sample_key = (
                         str(values.pop(key))
                         if key and values.get(key) is not None
@@ -85,6 +88,16 @@ def read_parquet(
         total = file.metadata.num_rows if stop is None else min(stop, file.metadata.num_rows)
         for lost in range(max(row, start), total):
             yield Rejected(f"{label}#{lost}", "parquet_damaged", str(error)[:200])
+
+
+def _rows(batch: pa.RecordBatch) -> list[dict[str, Any] | None]:
+    """The rows, None in place of one whose text is not UTF-8."""
+    try:
+        return batch.to_pylist()
+    except UnicodeDecodeError:
+        if batch.num_rows == 1:
+            return [None]
+        return [row for i in range(batch.num_rows) for row in _rows(batch.slice(i, 1))]
 
 
 def _image_column(schema: pa.Schema) -> tuple[str | None, bool]:
@@ -139,9 +152,18 @@ def _sample(
 
 
 def _read_path(storage: Storage, name: str, path: str) -> bytes | None:
-    """An absolute path, an s3:// address, or a path beside the Parquet file."""
-    if "://" in path or path.startswith("/"):
+    """An absolute path, an s3:// address, or a path beside the Parquet file; None for what is no file."""
+    if ("://" in path and not path.startswith("s3://")) or "\0" in path:
+        return None
+    if path.startswith(("s3://", "/")):
         folder, _, base = path.rpartition("/")
-        return open_storage(folder or "/").read_or_none(base)
-    folder = name.rpartition("/")[0]
-    return storage.read_or_none(f"{folder}/{path}" if folder else path)
+        storage, path = open_storage(folder or "/"), base
+    else:
+        folder = name.rpartition("/")[0]
+        path = f"{folder}/{path}" if folder else path
+    try:
+        return storage.read_or_none(path)
+    except OSError as error:
+        if error.errno in (errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG):
+            return None
+        raise

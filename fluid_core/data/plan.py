@@ -168,7 +168,7 @@ def _shards_of(storage: Storage, objects: list[StoredObject], source: str, weigh
     tars = {o.name for o in objects if o.name.endswith(".tar")}
     folders: dict[str, list[StoredObject]] = {}
     for o in objects:
-        if o.name.rpartition(".")[2].lower() in IMAGE_EXTENSIONS or o.name.endswith((".txt", ".json")):
+        if _is_part(o.name):
             folders.setdefault(str(PurePosixPath(o.name).parent), []).append(o)
     folders = {
         name: items
@@ -180,13 +180,12 @@ def _shards_of(storage: Storage, objects: list[StoredObject], source: str, weigh
         stem = o.name.removesuffix(".parquet")
         if o.name.endswith(".parquet") and f"{stem}.tar" not in tars and stem not in folders:
             found.append(shard(o.name, "parquet", o.size, o.version))
-    if not found:
-        for name, items in sorted(folders.items()):
-            listing = "\n".join(f"{o.name} {o.size} {o.version if '://' in storage.root else ''}" for o in items)
-            etag = hashlib.sha256(listing.encode()).hexdigest()
-            found.append(shard(name, "files", sum(o.size for o in items), etag, etag))
+    for name, items in sorted(folders.items()):
+        if f"{name}.tar" not in tars:
+            listing = "\n".join(f"{PurePosixPath(o.name).name} {o.size} {o.version}" for o in items)
+            found.append(shard(name, "files", sum(o.size for o in items), hashlib.sha256(listing.encode()).hexdigest()))
     if "://" in storage.root:
-        found = [s if s.etag else replace(s, etag=s.version) for s in found]
+        found = [replace(s, etag=s.version) for s in found]
     return sorted(found, key=lambda s: s.name)
 
 
@@ -203,12 +202,25 @@ def _hash_local(
     )
     total, done = sum(s.size for s in missing), 0
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        for shard, digest in zip(missing, pool.map(lambda s: _file_sha256(s.uri), missing), strict=True):
+        for shard, digest in zip(missing, pool.map(_local_sha256, missing), strict=True):
             before[(shard.uri, shard.size, shard.version)] = digest
             done += shard.size
             progress(done, total)
     for _, of_source in listed:
         of_source[:] = [s if s.etag else replace(s, etag=before[(s.uri, s.size, s.version)]) for s in of_source]
+
+
+def _local_sha256(shard: PlannedShard) -> str:
+    """Of a file's bytes; of a folder, of its files' names and bytes."""
+    if shard.format != "files":
+        return _file_sha256(shard.uri)
+    names = sorted(entry.name for entry in os.scandir(shard.uri) if entry.is_file() and _is_part(entry.name))
+    return hashlib.sha256("\n".join(f"{name} {_file_sha256(f'{shard.uri}/{name}')}" for name in names).encode()).hexdigest()
+
+
+def _is_part(name: str) -> bool:
+    """Whether a folder of images counts this file."""
+    return name.rpartition(".")[2].lower() in IMAGE_EXTENSIONS or name.endswith((".txt", ".json"))
 
 
 def _file_sha256(path: str) -> str:
@@ -276,8 +288,10 @@ def split_giant(shard: PlannedShard, max_samples: int, storage: Storage) -> list
     if shard.format == "parquet":
         if remote:
             return [shard]
-        rows = pq.ParquetFile(shard.uri).metadata.num_rows
-        bounds = list(range(0, rows, max_samples))
+        try:
+            bounds = list(range(0, pq.ParquetFile(shard.uri).metadata.num_rows, max_samples))
+        except pa.ArrowException:  # the reader says what is wrong with it
+            return [shard]
     elif remote:
         bounds = _remote_tar_bounds(shard, max_samples, storage)
     else:
@@ -323,26 +337,24 @@ def _windows(storage: Storage, name: str) -> ReadAt:
 
 
 def _key(member: Member) -> str:
-    folder, _, base = member.name.rpartition("/")
-    return f"{folder}/{base.partition('.')[0]}"  # the first dot: captions KEY.NAME.txt stay with their image
+    return member.name.rpartition(".")[0]
 
 
 def _tar_bounds(members: list[Member], max_samples: int) -> list[int]:
     """Header offsets at which parts begin; empty when a key's members do not lie together."""
     starts: list[int] = []
-    seen: set[str] = set()
-    current: str | None = None
+    keys: list[str] = []
     for member in members:
         key = _key(member)
-        if key == current:
+        # Captions KEY.NAME.txt stay with their image, before or after it.
+        if keys and f"{key}.".startswith(f"{keys[-1]}."):
             continue
-        if key in seen:
-            return []
-        seen.add(key)
-        if (len(seen) - 1) % max_samples == 0:
-            starts.append(member.start)
-        current = key
-    return starts
+        if keys and keys[-1].startswith(f"{key}."):
+            keys[-1] = key
+            continue
+        keys.append(key)
+        starts.append(member.start)
+    return starts[::max_samples] if len(set(keys)) == len(keys) else []
 
 
 def plan_table(plan: Sequence[PlannedShard]) -> pa.Table:

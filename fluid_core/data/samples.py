@@ -55,9 +55,11 @@ def finish_sample(
 
 
 def parse_metadata(data: bytes) -> dict[str, Any] | None:
-    """A JSON object, or None."""
+    """A JSON object, or None. One with half of a surrogate pair (as \\ud83d alone) is none: it cannot be written as UTF-8."""
     try:
         values = json.loads(data)
+        if b"\\ud" in data.lower():
+            json.dumps(values, ensure_ascii=False).encode()
     except (ValueError, RecursionError):
         return None
     return values if isinstance(values, dict) else None

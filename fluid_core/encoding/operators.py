@@ -24,7 +24,7 @@ from fluid_core.data.storage import TransientError, open_storage
 from fluid_core.encoding.chunks import DecodedChunk, Dropped, EncodedChunk, SampleRecord
 from fluid_core.encoding.duplicates import dropped_name
 from fluid_core.encoding.scratch import no_space, scratch_folder
-from fluid_core.encoding.settings import EncodeSettings
+from fluid_core.encoding.settings import EncodeSettings, encoder_folder
 from fluid_core.latents.text import pack_embedding, unpack_embedding
 from fluid_core.latents.writer import null_text, tensor_bytes
 
@@ -128,11 +128,12 @@ class Encode:
         self.device = torch.device("cuda" if on_gpu else "cpu")
         if not on_gpu:
             torch.set_num_threads(settings.threads)
-        self.image_tokenizer = ImageTokenizer.from_pretrained(
-            settings.image_path, settings.kind, settings.image_revision, self.device
-        )
+        # Of the hub the same files as where the run was started; what this node lacks is fetched.
+        image, _ = encoder_folder(settings.image_path, settings.image_revision, "image_tokenizer")
+        text, _ = encoder_folder(settings.text_path, settings.text_revision, "text_encoder")
+        self.image_tokenizer = ImageTokenizer.from_pretrained(image, settings.kind, device=self.device)
         self.text_encoder = TextEncoder.from_pretrained(
-            settings.text_path, settings.text_revision, settings.text_max_tokens, settings.text_encoder_dtype, self.device
+            text, max_tokens=settings.text_max_tokens, dtype=settings.text_encoder_dtype, device=self.device
         )
         for name, encoder in (("image", self.image_tokenizer), ("text", self.text_encoder)):
             wanted, found = getattr(settings.encoders, name), encoder.identity()

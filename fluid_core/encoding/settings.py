@@ -183,6 +183,9 @@ def encoder_folder(path: str, revision: str | None, what: str) -> tuple[Path, st
         wanted = ["*.json", "*.safetensors", "*.model", "*.txt"]
         patterns = [f"{'/'.join([*parts[2:], ''])}{pattern}" for pattern in wanted]
         snapshot = Path(snapshot_download("/".join(parts[:2]), revision=revision, allow_patterns=patterns))
+        if not list(snapshot.joinpath(*parts[2:]).glob("*.safetensors")):  # older repositories, as google/t5-v1_1-xxl
+            patterns = [f"{'/'.join([*parts[2:], ''])}*.bin"]
+            snapshot_download("/".join(parts[:2]), revision=snapshot.name, allow_patterns=patterns)
     except Exception as error:  # the hub client raises a dozen kinds
         raise ValueError(
             f"{what}: folder {path} does not exist (`make demo` makes the demo's) and the hub did not give it: {str(error).splitlines()[0]}"

@@ -21,7 +21,7 @@ from fluid_core.diffusion.solvers import check_solver, solve
 from fluid_core.generation.guidance import SCHEDULES, guidance_weight, guide
 from fluid_core.model.fluid import FluidModel
 from fluid_core.model.layers import padding_bias
-from fluid_core.model.orders import ORDERS, token_order, unmask_counts
+from fluid_core.model.orders import ORDERS, first_stage, token_order, unmask_counts
 from fluid_core.random import normal, sample_keys, uniform
 
 # One stream for each use of an image's key; the last two are followed by one stream for each token.
@@ -77,7 +77,9 @@ class DecodeSlot:
                 self.known_N |= given_N
                 order_N = order_N[~given_N[order_N]]
         self.order_N = order_N
-        self.counts = [1] * N if model.trunk.causal else unmask_counts(len(order_N), min(request.num_steps, len(order_N)))
+        first = first_stage(order_N, request.grid) if request.order == "checkerboard" else 0
+        steps = min(request.num_steps, len(order_N))
+        self.counts = [1] * N if model.trunk.causal else unmask_counts(len(order_N), steps, first)
         self.step = 0
         self.batch: _Batch | None = None
         self.place = 0
@@ -343,3 +345,10 @@ def check_request(model: FluidModel, request: GenerationRequest) -> None:
             raise ValueError(f"known_tokens_NC must be {wanted}, got {tuple(request.known_tokens_NC.shape)}")
         if bool(request.known_mask_N.all()):
             raise ValueError("every token is known: there is nothing to generate")
+        given = request.known_tokens_NC[request.known_mask_N]
+        if config.tokens == "continuous" and not bool(torch.isfinite(given).all()):
+            raise ValueError("known_tokens_NC has NaN or infinite values where known_mask_N is True")
+        if config.tokens == "discrete" and not bool(((given >= 0) & (given < config.codebook_size)).all()):
+            raise ValueError(
+                f"known_tokens_NC must hold codes below {config.codebook_size}, got {int(given.min())} to {int(given.max())}"
+            )

@@ -126,8 +126,9 @@ class FluidModel(nn.Module):
                 f"text must be ({B}, L, {self.config.text_width}) with a bool mask ({B}, L), "
                 f"got {tuple(text.shape)} and {mask.dtype} {tuple(mask.shape)}"
             )
-        if null.ndim != 2 or null.shape[1] != self.config.text_width:
-            raise ValueError(f"null_text must be (L, {self.config.text_width}), got {tuple(null.shape)}")
+        if null.ndim != 2 or null.shape[1] != self.config.text_width or len(null) > self.config.max_text_tokens:
+            wanted_null = f"(L, {self.config.text_width}) of at most {self.config.max_text_tokens} tokens"
+            raise ValueError(f"null_text must be {wanted_null}, got {tuple(null.shape)}")
         if text.shape[1] > self.config.max_text_tokens:
             raise ValueError(f"text of {text.shape[1]} tokens is longer than max_text_tokens {self.config.max_text_tokens}")
         return grid

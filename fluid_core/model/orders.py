@@ -4,6 +4,7 @@ Shapes: B samples, N tokens on a grid (h, w), K autoregressive steps.
 """
 
 import math
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
@@ -26,17 +27,26 @@ def token_order(kind: str, keys_B: Tensor, grid: tuple[int, int], stream: int) -
     if kind == "random":
         return order_BN
     if kind == "checkerboard":
-        colour_BN = (order_BN // w + order_BN % w) % 2
-        return order_BN.gather(1, colour_BN.argsort(dim=1, stable=True))
+        return order_BN.gather(1, _colour(order_BN, w).argsort(dim=1, stable=True))
     raise ValueError(f"unknown order {kind!r}; one of {', '.join(ORDERS)}")
 
 
-def unmask_counts(num_tokens: int, num_steps: int) -> list[int]:
+def _colour(places: Tensor, width: int) -> Tensor:
+    return (places // width + places % width) % 2
+
+
+def first_stage(order_N: Tensor, grid: tuple[int, int]) -> int:
+    """How many of the tokens to generate are of a checkerboard's first colour."""
+    return int((_colour(order_N, grid[1]) == 0).sum())
+
+
+def unmask_counts(num_tokens: int, num_steps: int, first_stage: int = 0) -> list[int]:
     """How many tokens each of `num_steps` steps generates, after the cosine schedule of MaskGIT:
 
         masked after step k = floor(N cos(pi/2 (k + 1) / K)),
 
-    at least one token a step, and all that remain in the last. The sum is `num_tokens`.
+    at least one token a step, and all that remain in the last. The sum is `num_tokens`. Of two or more steps one ends after
+    the `first_stage` tokens, the one that would have ended nearest: no step mixes the stages.
     """
     if not 1 <= num_steps <= num_tokens:
         raise ValueError(f"num_steps must be between 1 and the {num_tokens} tokens to generate, got {num_steps}")
@@ -46,4 +56,9 @@ def unmask_counts(num_tokens: int, num_steps: int) -> list[int]:
         left = max(num_steps - 1 - k, min(masked - 1, left))
         counts.append(masked - left)
         masked = left
+    if num_steps > 1 and 0 < first_stage < num_tokens:
+        ends = list(accumulate(counts))
+        nearest = min(range(num_steps - 1), key=lambda k: abs(ends[k] - first_stage))
+        ends[nearest] = first_stage
+        counts = [end - begin for begin, end in pairwise([0, *ends])]
     return counts

@@ -84,7 +84,7 @@ def metric_gates(config: RegistryConfig, metrics: dict[str, float]) -> list[Gate
     gates = []
     for name, least in config.minimum_metrics.items():
         if name not in metrics:
-            known = ", ".join(sorted(metrics)) or "none: run pipelines/evaluate.py first"
+            known = ", ".join(sorted(metrics)) or "none of this checkpoint: run pipelines/evaluate.py first"
             gates.append(Gate(name, False, f"not among the evaluation's metrics ({known})"))
         else:
             gates.append(Gate(name, metrics[name] >= least, f"{metrics[name]:.4f}, at least {least:g}", metrics[name]))

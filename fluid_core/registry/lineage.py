@@ -53,6 +53,13 @@ def validation_loss(training_dir: Path, step: int) -> float | None:
     return None if best is None else best[1]
 
 
+def _fitting(data: list[dict[str, Any]]) -> str:
+    """As JSON, as many as a tag of the registry holds."""
+    while len(text := json.dumps(data)) > 5000:
+        data = data[:-1]
+    return text
+
+
 def lineage_tags(recipe: Recipe, checkpoint: Path, step: int, bundle_sha256: str, data: list[dict[str, Any]]) -> dict[str, str]:
     """Tags that let anyone find what made a version."""
     tags = {
@@ -62,7 +69,7 @@ def lineage_tags(recipe: Recipe, checkpoint: Path, step: int, bundle_sha256: str
         "fluid.checkpoint": str(checkpoint),
         "fluid.step": str(step),
         "fluid.recipe": recipe.name,
-        "fluid.data": json.dumps(data)[:5000],
+        "fluid.data": _fitting(data),
     }
     job = os.environ.get("RAY_JOB_ID")
     return tags | ({"fluid.ray_job": job} if job else {})

@@ -1,6 +1,7 @@
 """From a checkpoint to the champion: export, register, check, crown."""
 
 import io
+import json
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -51,10 +52,11 @@ def promote(recipe: Recipe, run: str | None = None) -> Promotion:
     if champion is not None and champion.tags.get("fluid.bundle_sha256") == digest:
         return Promotion(registry.name, str(champion.version), True, folder, digest, already=True)
 
-    data = [summary for summary in (manifest_summary(path) for path in _datasets(recipe)) if summary]
-    tags = lineage_tags(recipe, checkpoint, step, digest, data)
-    record = stage_record(recipe, "evaluate") or {}
-    metrics = {name: float(value) for name, value in record.get("metrics", {}).items() if isinstance(value, int | float)}
+    trained = Recipe.model_validate(json.loads((checkpoint / "state.json").read_text())["recipe"])
+    data = [summary for summary in (manifest_summary(path) for path in _datasets(trained)) if summary]
+    tags = lineage_tags(trained, checkpoint, step, digest, data)
+    tags |= {"fluid.licence": recipe.registry.licence, "fluid.attribution": recipe.registry.attribution}
+    metrics = _evaluation(recipe, folder)
     loss = validation_loss(training_dir, step)
     tags[VALIDATION_DATA] = _validation_digest(recipe)
     if loss is not None:
@@ -126,6 +128,14 @@ def newest_checkpoint(training_dir: Path, recipe: Recipe) -> tuple[Path, int]:
             f"{uri or root} holds no complete checkpoint: run pipelines/pretrain.py first, or name a run with --run"
         )
     return found.path, found.step
+
+
+def _evaluation(recipe: Recipe, bundle: Path) -> dict[str, float]:
+    """The metrics of stage `evaluate`, if this very bundle is what it scored."""
+    record = stage_record(recipe, "evaluate") or {}
+    if Path(record.get("bundle", "")).name != bundle.name:
+        return {}
+    return {name: float(value) for name, value in record["metrics"].items() if isinstance(value, int | float)}
 
 
 def _datasets(recipe: Recipe) -> list[str]:

@@ -11,7 +11,7 @@ import re
 import secrets
 import tempfile
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Set
 from pathlib import Path
 from typing import Any
 
@@ -108,17 +108,38 @@ class BatchRunner:
         return _public(batch)
 
     async def resume_all(self) -> None:
-        """Go on with every batch that an earlier gateway left unfinished."""
-        for batch in await asyncio.to_thread(self._all):
-            if batch.status not in _TERMINAL and batch.id not in self._tasks:
-                self._spawn(batch)
+        """Go on with every batch that an earlier gateway left unfinished; and from then on with those that one leaves later.
+
+        In a redeploy the old gateway takes requests until the new one is ready: what was created there meanwhile is free once it
+        stops. The first look takes what a killed gateway had, the others only what nobody claims.
+        """
+        first, ended = True, set[str]()
+        while True:
+            try:
+                for batch in await asyncio.to_thread(self._all, ended):
+                    if batch.status in _TERMINAL:
+                        ended.add(batch.id)
+                    elif batch.id not in self._tasks and (first or not batch.runner):
+                        self._spawn(batch)
+                first = False
+            except Exception:
+                logger.exception("the batches could not be listed; again in %g s", PAUSE_SECONDS)
+            await asyncio.sleep(PAUSE_SECONDS)
 
     async def stop(self) -> None:
-        """Leave off at once; the ledger keeps what is done."""
-        for task in list(self._tasks.values()):
+        """Leave off at once; the ledger keeps what is done, and another gateway may go on."""
+        running = dict(self._tasks)
+        for task in running.values():
             task.cancel()
-        if self._tasks:
-            await asyncio.wait(list(self._tasks.values()))
+        if running:
+            await asyncio.wait(list(running.values()))
+        try:
+            for batch in await asyncio.to_thread(self._all) if running else []:
+                if batch.id in running and batch.runner == self._id and batch.status not in _TERMINAL:
+                    batch.runner = ""
+                    await self._save(batch)
+        except Exception:
+            logger.exception("the batches that were running could not be given up; a gateway that starts takes them")
 
     def _spawn(self, batch: _StoredBatch) -> None:
         task = asyncio.create_task(self._run(batch))
@@ -286,7 +307,7 @@ class BatchRunner:
                     continue
                 path = scratch / f"{kind}.jsonl"
                 with open(path, "wb") as file:
-                    for part in ledger.results(kind, list(done)):
+                    for part in ledger.results(kind, done.values()):
                         file.write(part)
                 # The id follows from the batch's, so that a finalisation that is repeated makes no second file.
                 file_id = f"file-{kind}-{batch.id.removeprefix('batch_')}"
@@ -339,10 +360,10 @@ class BatchRunner:
             seconds_per_image=round(each, 4), remaining_seconds=round(each * (counts.total - done), 1), cost=cost
         )
 
-    def _all(self) -> list[_StoredBatch]:
+    def _all(self, without: Set[str] = frozenset()) -> list[_StoredBatch]:
         batches = []
         for entry in self._storage.list("batches/"):
-            if entry.name.endswith("/batch.json"):
+            if entry.name.endswith("/batch.json") and entry.name.split("/")[-2] not in without:
                 data = self._storage.read_or_none(entry.name)
                 if data is not None:
                     batches.append(_StoredBatch.model_validate_json(data))

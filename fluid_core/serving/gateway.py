@@ -33,6 +33,8 @@ from fluid_core.serving.tasks import ImageTask, TaskEvent
 FIRST_ANSWER_SECONDS = 30.0
 STUDIO = Path(__file__).parent / "studio" / "index.html"
 WARM_UP_PROMPT = "a red circle"
+PREVIEWS = 3
+"""Of a stream whose client does not say how many."""
 _SSE: dict[str, Any] = {"content": {"text/event-stream": {"schema": {"type": "string"}}}}
 
 
@@ -122,7 +124,7 @@ class Gateway:
             temperature=body.temperature,
             negative_prompt=body.negative_prompt,
             stream=bool(body.stream),
-            partial_images=body.partial_images or 0,
+            partial_images=(PREVIEWS if body.partial_images is None else body.partial_images) if body.stream else 0,
             user=body.user,
             deadline=body.deadline,
             background=background,

@@ -34,11 +34,18 @@ def answers(*statuses: int) -> dict[int | str, dict[str, Any]]:
     return {status: ERRORS[status] for status in statuses}
 
 
+UPLOADS = ("/v1/images/edits", "/v1/files")
+ARRIVING = 16
+"""Uploads that arrive at a time: each may take all of its limit in memory before it can be queued or refused."""
+
+
 class BodyLimit:
-    """Refuses bodies over a limit before they are read: by Content-Length, and by counting what arrives."""
+    """Refuses bodies over a limit before they are read, by Content-Length and by counting what arrives; and uploads while too
+    many others arrive."""
 
     def __init__(self, app: ASGIApp, limit: int, file_limit: int):
         self.app, self.limit, self.file_limit = app, limit, file_limit
+        self.arriving = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -50,18 +57,34 @@ class BodyLimit:
         if declared.isdigit() and int(declared) > limit:
             await error_response(refusal)(scope, receive, send)
             return
+        upload = scope["path"] in UPLOADS
+        if upload and self.arriving >= ARRIVING:
+            busy = ApiError(429, "queue_full", f"{ARRIVING} uploads are arriving already; try again later", retry_after=1)
+            await error_response(busy)(scope, receive, send)
+            return
+        self.arriving += upload
         read = 0
+
+        def arrived() -> None:
+            nonlocal upload
+            self.arriving -= upload
+            upload = False
 
         async def counted() -> Message:
             nonlocal read
             message = await receive()
             read += len(message.get("body", b""))
+            if not message.get("more_body", False):
+                arrived()
             if read > limit:
                 # FastAPI lets an HTTPException out of its body parser; anything else would become a 400.
                 raise HTTPException(refusal.status, refusal.message)
             return message
 
-        await self.app(scope, counted, send)
+        try:
+            await self.app(scope, counted, send)
+        finally:
+            arrived()
 
 
 class Guard:

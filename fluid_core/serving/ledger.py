@@ -10,7 +10,7 @@ Any process may be killed at any time: what has no ledger entry is made again, u
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -97,10 +97,19 @@ class JobLedger:
         )
         return self._storage.put_bytes(record.model_dump_json().encode(), self._name("_ledger", chunk, "json"), overwrite=False)
 
-    def results(self, kind: str, chunks: list[int]) -> Iterator[bytes]:
-        """The committed chunks' `output` or `errors`, in the order of the input."""
-        for chunk in sorted(chunks):
-            yield self._storage.read_or_none(self._name(kind, chunk)) or b""
+    def results(self, kind: str, chunks: Iterable[ChunkRecord]) -> Iterator[bytes]:
+        """The committed chunks' `output` or `errors`, in the order of the input.
+
+        Raises:
+            ValueError: a file is missing or is not what its ledger entry says.
+        """
+        for chunk in sorted(chunks, key=lambda record: record.chunk):
+            data = self._storage.read_or_none(self._name(kind, chunk.chunk))
+            wanted = chunk.output_sha256 if kind == "output" else chunk.errors_sha256
+            if data is None or hashlib.sha256(data).hexdigest() != wanted:
+                name = f"{self._root}_ledger/{chunk.chunk:06d}.json"
+                raise ValueError(f"{self._name(kind, chunk.chunk)} is missing or damaged: delete {name} and run the job again")
+            yield data
 
     def _name(self, kind: str, chunk: int, extension: str = "jsonl") -> str:
         return f"{self._root}{kind}/{chunk:06d}.{extension}"

@@ -117,7 +117,7 @@ class OfflineJob:
             for kind, name in (("output", "output.jsonl"), ("errors", "errors.jsonl")):
                 path = Path(scratch) / name
                 with open(path, "wb") as file:
-                    for part in ledger.results(kind, list(records)):
+                    for part in ledger.results(kind, records.values()):
                         file.write(part)
                 self.storage.put_file(path, name, overwrite=True)
         work = sum(record.seconds for record in records.values())

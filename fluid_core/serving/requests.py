@@ -21,7 +21,9 @@ class ServedModel:
         from fluid_core.generation.pipeline import FluidPipeline
 
         self.ref = ref
-        self.licence, self.attribution = recipe.registry.licence, recipe.registry.attribution
+        # Those under which this version was registered; a folder has the recipe's.
+        self.licence = ref.tags.get("fluid.licence", recipe.registry.licence)
+        self.attribution = ref.tags.get("fluid.attribution", recipe.registry.attribution)
         self.pipeline = FluidPipeline.from_pretrained(ref.local(), device="cuda" if recipe.serving.gpus_per_replica else "cpu")
         self.loaded = int(time.time())
 

@@ -30,7 +30,7 @@ class GenerationBody(_Strict):
     negative_prompt: str | None = Field(None, max_length=32_000)
     stream: bool | None = Field(None, strict=True)
     partial_images: int | None = Field(
-        None, ge=0, le=64, strict=True, description="previews while the image is made; needs stream"
+        None, ge=0, le=64, strict=True, description="previews while the image is made (3 by default); needs stream"
     )
     deadline: float | None = Field(None, gt=0, description="seconds; never more than the server's own")
     user: str | None = Field(None, max_length=512, description="handed to the safety hook")

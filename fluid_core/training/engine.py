@@ -17,6 +17,9 @@ from fluid_core.precision import uses_bf16
 from fluid_core.training.optimizer import FluidOptimizer
 from fluid_core.training.partitions import Partitions
 
+PERSISTENT_PARAMETER = 100_000
+"""Of a model too large to stay gathered, parameters of up to so many elements do."""
+
 
 def quiet() -> None:
     """Keep DeepSpeed's chatter and one deprecation warning that it raises on every step out of the logs."""
@@ -72,7 +75,7 @@ def deepspeed_config(training: TrainingConfig, world_size: int, parameters: int,
         zero |= {"overlap_comm": on_gpu, "contiguous_gradients": on_gpu, "reduce_scatter": True}
         zero["reduce_bucket_size"] = max(1, parameters) if small else BUCKET
     if training.zero_stage == 3:
-        threshold = parameters if small else 100_000
+        threshold = parameters if small else PERSISTENT_PARAMETER
         zero |= {
             # DeepSpeed's own linear function avoids keeping gathered weights alive for the backward pass. Where the
             # whole model stays gathered it saves nothing, and it is much slower than torch's on CPU.

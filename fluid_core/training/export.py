@@ -32,6 +32,12 @@ def export_bundle(checkpoint: str | Path, recipe: Recipe | None, out_dir: str | 
     mean = std = None
     if recipe.model.tokens == "continuous":
         manifest = EncodedDataset(recipe.mixture[0].path).manifest
+        trained = found.state.get("datasets")
+        if trained and manifest.hash not in trained:
+            raise ValueError(
+                f"{recipe.mixture[0].path} is not the data set that {found.path} was trained on (manifest {manifest.hash[:12]}, "
+                f"trained on {', '.join(digest[:12] for digest in trained)}): put that one there, its latent statistics are needed"
+            )
         mean, std = manifest.latent_mean, manifest.latent_std
     return write_bundle(
         out_dir,

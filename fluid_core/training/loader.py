@@ -257,6 +257,8 @@ class Collator:
             self.null_text_LE = encode_ids([[int(i) for i in manifest.null_text["token_ids"]]])[0].cpu()
         else:
             raise ValueError("this data set holds token ids alone (text.mode: tokens): a text encoder is needed to train on it")
+        if not bool(torch.isfinite(self.null_text_LE).all()):
+            raise ValueError("the states of the empty caption are NaN or infinite: the text encoder is broken")
 
     def __call__(self, rows: list[tuple[Rows, int]], positions: list[int], keys_B: Tensor) -> Batch:
         """`keys_B`: int64, each sample's key for everything random about it."""
@@ -351,10 +353,14 @@ def check_datasets(
                         f"{where}: encoded with another {name} encoder ({key} {theirs}, the recipe's is {ours}): encode again, or "
                         "name the one that it was encoded with"
                     )
-        if len(m.latent_std) != len(first.manifest.latent_std) or any(
-            abs(a - b) > 0.25 * b for a, b in zip(m.latent_std, first.manifest.latent_std, strict=True)
-        ):
-            raise ValueError(f"{where}: latent std {m.latent_std} is not that of {first.root} {first.manifest.latent_std}")
+        reference = first.manifest
+        for name, ours, theirs in (
+            ("std", m.latent_std, reference.latent_std), ("mean", m.latent_mean, reference.latent_mean),
+        ):  # fmt: skip
+            if len(ours) != len(theirs) or any(
+                abs(a - b) > 0.25 * std for a, b, std in zip(ours, theirs, reference.latent_std, strict=True)
+            ):
+                raise ValueError(f"{where}: latent {name} {ours} is not that of {first.root} {theirs}")
         if m.text_mode != first.manifest.text_mode:
             raise ValueError(f"{where}: text mode {m.text_mode}, but {first.root} has {first.manifest.text_mode}")
         if not len(data):

@@ -235,13 +235,14 @@ class TrainingLoop:
         logged = number % self.training.log_every == 0 or number == self.training.max_steps
         engine.optimizer.squares = {} if logged else None
         total = torch.zeros((), dtype=torch.float64)
+        outputs = []
         for index, batch in enumerate(batches):
             out = engine.forward(batch.tokens, batch.text_BLE, batch.text_mask_BL, self.null_text, batch.draws)
             clock.lap("forward")
             engine.backward(out.loss_sum * (self.world_size / count))
             clock.lap("backward")
             total += out.loss_sum.detach().double().cpu()
-            self.bins.add(out.per_token, out.timesteps, out.mask_ratio, out.weights)
+            outputs.append((out.per_token, out.timesteps, out.mask_ratio, out.weights))
             if index == len(batches) - 1:
                 total = total.to(engine.device)
                 dist.all_reduce(total)
@@ -249,8 +250,10 @@ class TrainingLoop:
             engine.step()
         norm = engine.gradient_norm
         reason = self.health.reason(self.loss, norm)
-        if reason is None:
+        if reason is None:  # a skipped step's NaN would make every mean of the bins NaN
             self.ema.update()
+            for output in outputs:
+                self.bins.add(*output)
         clock.lap("optimizer")
         rollback = self.health.record(norm, reason)
         self.step, self.position = number, self.position + self.training.batch_size

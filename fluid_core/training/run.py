@@ -88,8 +88,6 @@ def check_inputs(recipe: Recipe) -> None:
     """
     training = recipe.training
     Slicing(training.batch_size, 0, training.workers, training.micro_batch_size)
-    if training.warmup_steps > training.max_steps:
-        raise ValueError(f"training.warmup_steps {training.warmup_steps} is more than max_steps {training.max_steps}")
     if training.offload_optimizer and training.zero_stage == 0:
         raise ValueError("training.offload_optimizer needs zero_stage 1, 2 or 3")
     if training.loader == "ray_data" and len(recipe.mixture) > 1:
@@ -146,11 +144,13 @@ def _claim(
         "tracking_uri": absolute_uri(recipe.registry.tracking_uri),
         "checkpoints": remote.uri if remote else str(root.resolve()),
     }
+    tags = {"fluid.stage": "pretrain", "fluid.fingerprint": fingerprint, "fluid.code": code_version()}
     tracker = Tracker(
         record["tracking_uri"], recipe.registry.experiment, recipe.training_dir.name, run_id=record["tracking_run_id"],
-        tags={"fluid.stage": "pretrain", "fluid.fingerprint": fingerprint, "fluid.code": code_version()},
+        tags=tags,
     )  # fmt: skip
-    tracker.log_params({"model": recipe.model.model_dump(), "training": recipe.training.model_dump(), "seed": recipe.seed})
+    tracker.set_tags(tags)  # a run that goes on may do so with newer code
+    tracker.log_params(recipe.model_dump(mode="json"))
     for data in sorted({item.path for item in recipe.mixture}):
         tracker.log_dataset(Path(data).name, EncodedDataset(data).manifest.hash, data)
     record["tracking_run_id"] = tracker.run_id

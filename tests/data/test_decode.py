@@ -55,6 +55,14 @@ def test_exif_rotation_turns_upright():
     assert upright.pixels_HW3[16, 4, 0] > 200 and upright.pixels_HW3[16, 27, 2] > 200
 
 
+def test_a_rotated_tiff_is_turned_once():
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    decoded = decode_image(encoded(halves(64, 32), "TIFF", exif=exif), OPTIONS)
+    assert (decoded.width, decoded.height) == (32, 64)
+    assert tuple(decoded.pixels_HW3[4, 16]) == (255, 0, 0) and tuple(decoded.pixels_HW3[27, 16]) == (0, 0, 255)
+
+
 def test_draft_gives_nearly_the_same_pixels():
     rng = np.random.default_rng(0)
     smooth = Image.fromarray(rng.integers(0, 256, (6, 8, 3), dtype=np.uint8)).resize((800, 600), Image.Resampling.BICUBIC)

@@ -39,6 +39,8 @@ def test_thresholds(value, expected):
 
 
 def test_missing_column_policies():
+    beyond_float = {"p": 10**400}
+    assert reason(["x"], beyond_float, thresholds=[MetadataThreshold(column="p", minimum=1, missing="drop")]) == "missing_p"
     assert reason(["x"], thresholds=[MetadataThreshold(column="p", minimum=1, missing="keep")]) is None
     with pytest.raises(ValueError, match="missing: keep"):
         reason(["x"], thresholds=[MetadataThreshold(column="p", minimum=1)])
@@ -51,6 +53,8 @@ def test_opt_out(tmp_path):
     path.write_text("# note\n\nhash\n")
     assert reason(["x"], opt_out=OptOut.read(str(path))) == "opt_out"
     assert reason(["x"], {"url": "u"}, OptOut(frozenset({"u"}))) == "opt_out"
+    assert reason(["x"], {"URL": "u"}, OptOut(frozenset({"u"}))) == "opt_out"
+    assert reason(["x"], {"url": ["u"]}, OptOut(frozenset({"u"}))) is None
     assert reason(["x"], opt_out=OptOut(frozenset({"k"}))) == "opt_out"
     with pytest.raises(ValueError, match="does not exist"):
         OptOut.read(str(tmp_path / "gone"))

@@ -92,3 +92,30 @@ def test_giants_are_cut_at_keys(tmp_path):
     pq.write_table(pa.table(rows), tmp_path / "p/0.parquet", compression="none", use_dictionary=False)
     parts = make_plan([str(tmp_path / "p")], max_shard_samples=4)
     assert len(parts) == 3 and keys_of(parts, tmp_path) == rows["key"]
+    (tmp_path / "p/1.parquet").write_bytes(b"PAR1" + bytes(100_000))  # damaged: the reader's to tell
+    assert len(make_plan([str(tmp_path / "p")], max_shard_samples=4)) == 4
+
+
+def test_giants_with_dotted_keys_are_cut_too(tmp_path):
+    image = sample_members("0", 0)[0][1]
+    members = [
+        member
+        for i in range(6)
+        for member in ((f"img.{i:04d}.alt.txt", b"first"), (f"img.{i:04d}.jpg", image), (f"img.{i:04d}.txt", b"x" * 6000))
+    ]
+    write_tar(tmp_path / "a/0.tar", members)
+    parts = make_plan([str(tmp_path / "a")], max_shard_samples=2)
+    assert len(parts) == 3 and keys_of(parts, tmp_path) == [f"img.{i:04d}" for i in range(6)]
+    assert all(s.captions == ["x" * 6000, "first"] for part in parts for s in read_shard(part, tmp_path))  # type: ignore[union-attr]
+
+
+def test_folders_of_images_are_told_by_their_content(tmp_path):
+    image = sample_members("0", 0)[0][1]
+    for name, data in (("a/x", image), ("a/copy", image), ("a/other", image[:-1] + b"!")):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "0.jpg").write_bytes(data)
+        (tmp_path / name / "0.txt").write_text("a caption")
+    make_shards(tmp_path / "a", 1, 1)  # a tar beside them hides none
+    plan = {shard.name: shard for shard in make_plan([str(tmp_path / "a")])}
+    assert set(plan) == {"00000.tar", "x", "copy", "other"}
+    assert [bool(plan[name].duplicate_of) for name in ("copy", "other", "x")] == [False, False, True]

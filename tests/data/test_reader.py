@@ -218,3 +218,25 @@ def test_any_mutation_is_survived_and_no_loss_is_silent(tmp_path, changes, lengt
     assert not lost or faults
     keys = [s.key for s in found if isinstance(s, RawSample)]
     assert len(keys) == len(set(keys))
+
+
+def test_half_a_surrogate_pair_is_bad_metadata(tmp_path):
+    metadata = [b'{"caption": "half \\ud83d of a smile"}', b'{"caption": "a whole \\uD83D\\uDE00 smile"}']
+    members = [m for i, text in enumerate(metadata) for m in ((f"{i}.jpg", b"x"), (f"{i}.json", text))]
+    keys, rejected = read(write(tmp_path / "a.tar", members))
+    assert keys == ["1"] and rejected == {"0": "bad_metadata"}
+
+
+def test_parquet_rows_that_are_no_text_or_no_file(tmp_path):
+    captions = pa.array([b"good", b"\xff\xfe", b"also good"]).cast(pa.binary()).view(pa.binary())
+    text = pa.Array.from_buffers(pa.utf8(), 3, captions.buffers())
+    pq.write_table(pa.table({"key": ["0", "1", "2"], "jpg": [b"x"] * 3, "caption": text}), tmp_path / "a.parquet")
+    (shard,) = make_plan([str(tmp_path / "a.parquet")])
+    found = list(read_shard(shard, tmp_path / "scratch"))
+    assert [s.key for s in found if isinstance(s, RawSample)] == ["0", "2"]
+    assert [r.reason for r in found if isinstance(r, Rejected)] == ["text_not_utf8"]
+
+    paths = [str(tmp_path), "b" * 300, "http://example.org/x.jpg", "a.parquet/x.jpg", "nul\0.jpg"]
+    pq.write_table(pa.table({"path": paths, "caption": ["x"] * len(paths)}), tmp_path / "b.parquet")
+    (shard,) = make_plan([str(tmp_path / "b.parquet")])
+    assert [r.reason for r in read_shard(shard, tmp_path / "scratch")] == ["missing_image"] * len(paths)  # type: ignore[union-attr]

@@ -15,6 +15,7 @@ import pytest
 import torch
 from encoding_support import content, encode_here, encoders, image_bytes, make_shards, recipe_values, sample_members, write_tar
 from PIL import Image
+from safetensors.torch import load_file
 
 from fluid_core.config import Recipe
 from fluid_core.data.filters import OptOut
@@ -26,7 +27,7 @@ from fluid_core.encoding.forget import forget
 from fluid_core.encoding.ledger import Ledger
 from fluid_core.encoding.operators import Encode, ReadDecode
 from fluid_core.encoding.run import claim, prepare_output
-from fluid_core.encoding.settings import resolve_settings
+from fluid_core.encoding.settings import encoder_folder, resolve_settings
 from fluid_core.encoding.verify import verify
 from fluid_core.latents.reader import EncodedDataset
 
@@ -376,3 +377,22 @@ def test_a_first_run_that_failed_early_binds_nobody(tmp_path):
     next((tmp_path / "out/_ledger").iterdir()).unlink()  # nothing is committed, but files of these settings lie there
     (manifest,) = encode_here(recipe(tmp_path, [str(tmp_path / "data")], encode=flip(tmp_path)))
     assert manifest.flip and EncodedDataset(str(tmp_path / "out")).read_group(0, 0).moments_flip is not None
+
+
+def test_a_hub_repository_without_safetensors(tmp_path, monkeypatch):
+    """google/t5-v1_1-xxl holds only pytorch_model.bin: fetched when there is no other, and not otherwise."""
+    fetched: list[str] = []
+
+    def snapshot_download(repository: str, revision: str | None, allow_patterns: list[str]) -> str:
+        fetched.extend(allow_patterns)
+        folder = tmp_path / ("a" * 40)
+        shutil.copytree(encoders()[1], folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.safetensors"))
+        if "*.bin" in allow_patterns:
+            torch.save(load_file(encoders()[1] / "model.safetensors"), folder / "pytorch_model.bin")
+        return str(folder)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    folder, commit = encoder_folder("fluid/t5", None, "text_encoder")
+    assert commit == "a" * 40 and "*.bin" in fetched
+    old, new = (TextEncoder.from_pretrained(path, max_tokens=8, dtype="fp32") for path in (folder, encoders()[1]))
+    assert torch.equal(old.encode(["a red circle"])[0], new.encode(["a red circle"])[0])

@@ -37,12 +37,14 @@ loop = Poisoned
 
 
 def test_nan_on_one_rank_is_skipped_by_all_and_two_in_a_row_roll_back(tmp_path: Path) -> None:
-    recipe = small_recipe(tmp_path, optimizer="muon", max_strikes=2)
+    recipe = small_recipe(tmp_path, optimizer="muon", max_strikes=2, log_every=2)
     out = run_workers(recipe, _NAN_ON_RANK_1)
     lines = read_metrics(recipe.training_dir / "metrics.jsonl")
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
     # Step 1 is skipped alone. Steps 4 and 5 strike together: back to step 2's checkpoint, on with sample 60.
     assert lines[0]["loss"] is None and lines[0]["skipped"] == "loss is nan"
+    binned = {name: value for name, value in lines[1].items() if name.startswith("loss_")}
+    assert binned and None not in binned.values(), "the skipped step is in the binned losses"
     assert [line["samples"] for line in lines] == [12, 24, 72, 84, 96, 108]
     assert all(line["loss"] is not None for line in lines[1:])
     assert "rolled back to step 2; training goes on with sample 60" in out

@@ -260,6 +260,7 @@ def test_discrete_temperature_sharpens() -> None:
     ({"known_mask_N": torch.ones(16, dtype=torch.bool), "known_tokens_NC": torch.zeros(16, 16)}, "nothing to generate"),
     ({"known_mask_N": torch.zeros(16, dtype=torch.bool), "known_tokens_NC": torch.zeros(9, 16)}, "known_tokens_NC must be"),
     ({"known_mask_N": torch.zeros(16), "known_tokens_NC": torch.zeros(16, 16)}, "known_mask_N must be bool"),
+    ({"known_mask_N": torch.arange(16) < 3, "known_tokens_NC": torch.full((16, 16), torch.nan)}, "known_tokens_NC has NaN"),
 ])  # fmt: skip
 def test_impossible_requests_are_refused(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):

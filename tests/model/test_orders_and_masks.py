@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fluid_core.model.masking import mask_last, mask_ratio, masked_counts
-from fluid_core.model.orders import token_order, unmask_counts
+from fluid_core.model.orders import first_stage, token_order, unmask_counts
 from fluid_core.random import sample_keys
 
 KEYS = sample_keys(0, torch.arange(64))
@@ -51,6 +51,18 @@ def test_checkerboard_finishes_one_colour_before_the_other() -> None:
     colour = (order // 4 + order % 4) % 2
     assert bool((colour[:, :8] == 0).all()) and bool((colour[:, 8:] == 1).all())
     assert len({tuple(row.tolist()) for row in order}) > 60
+
+
+@pytest.mark.parametrize("grid", [(4, 4), (3, 5)])
+def test_no_step_mixes_the_colours_of_a_checkerboard(grid: tuple[int, int]) -> None:
+    tokens = grid[0] * grid[1]
+    (order,) = token_order("checkerboard", sample_keys(0, torch.zeros(1, dtype=torch.int64)), grid, 0)
+    first = first_stage(order, grid)
+    assert first == (tokens + 1) // 2
+    for steps in range(2, tokens + 1):
+        counts = unmask_counts(tokens, steps, first)
+        assert sum(counts) == tokens and len(counts) == steps and min(counts) >= 1
+        assert first in itertools.accumulate(counts)
 
 
 def test_unknown_order_is_named() -> None:

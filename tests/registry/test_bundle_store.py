@@ -122,12 +122,34 @@ def test_a_batch_is_taken_over_by_the_next_gateway(s3: str, tmp_path: Path) -> N
         ledger = JobLedger(gateways.storage, f"batches/{batch.id}")
         while not (committed := set(ledger.committed())):
             await asyncio.sleep(0.01)
-        await new.resume_all()
+        resuming = asyncio.create_task(new.resume_all())
         await gateways.finish(new, batch, 80)
+        resuming.cancel()
         return committed
 
     for chunk in {*asyncio.run(run()), 4}:  # of 16 lines
         assert {gateways.made.count(seed) for seed in range(16 * chunk, 16 * chunk + 16)} == {1}, f"{chunk} was made twice"
+
+
+def test_a_batch_that_the_old_gateway_took_last_is_not_forgotten(
+    s3: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Created on the old gateway after the new one has looked: free, and taken, when the old one stops."""
+    monkeypatch.setattr("fluid_core.serving.batches.PAUSE_SECONDS", 0.05)
+    gateways = Gateways(tmp_path, f"{s3}/late")
+
+    async def run() -> None:
+        old, new = gateways.start(), gateways.start()
+        resuming = asyncio.create_task(new.resume_all())
+        await asyncio.sleep(0.2)
+        batch = await gateways.create(old, 48, tmp_path)
+        while not JobLedger(gateways.storage, f"batches/{batch.id}").committed():
+            await asyncio.sleep(0.01)
+        await old.stop()
+        await gateways.finish(new, batch, 48)
+        resuming.cancel()
+
+    asyncio.run(run())
 
 
 def test_a_batch_waits_out_a_storage_that_is_away(proxy: FaultyProxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

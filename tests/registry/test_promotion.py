@@ -13,16 +13,16 @@ import pytest
 from fake_run import add_checkpoint, fake_run
 from PIL import Image
 
-from fluid_core.config import Recipe, RegistryConfig
+from fluid_core.config import Recipe, RegistryConfig, config_hash
 from fluid_core.generation.bundle import verify_bundle
 from fluid_core.generation.pipeline import FluidPipeline
 from fluid_core.registry.card import MAX_DESCRIPTION, registry_description
 from fluid_core.registry.gates import images_gate, metric_gates, validation_gate
 from fluid_core.registry.model_registry import OWNER, STARTED, STATE, ModelRegistry, PromotionInProgress
 from fluid_core.registry.models import resolve_model
-from fluid_core.registry.promotion import promote
+from fluid_core.registry.promotion import export, newest_checkpoint, promote
 from fluid_core.training.checkpoint import load_ema_state
-from fluid_core.workflow.stage import stage_record
+from fluid_core.workflow.stage import Stage, stage_record
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -70,6 +70,7 @@ def test_a_checkpoint_becomes_champion_and_the_next_one_replaces_it(recipe: Reci
     version = registry.client.get_model_version("unit", "2")
     assert version.source == str(second.bundle)
     assert version.tags["fluid.bundle_sha256"] == second.bundle_sha256 and version.tags[STATE] == "promoted"
+    assert version.tags["fluid.licence"] == recipe.registry.licence and version.tags["fluid.code_version"]
     assert version.tags["fluid.step"] == "20" and version.tags["fluid.validation_loss"] == "0.51"
     assert json.loads(version.tags["fluid.data"])[0]["uri"] == recipe.encode.output
     card = (second.bundle / "README.md").read_text()
@@ -211,8 +212,6 @@ def test_gates(recipe: Recipe) -> None:
 
 def test_a_damaged_bundle_is_refused(recipe: Recipe) -> None:
     add_checkpoint(recipe, 40, loss=0.4, seed=4)
-    from fluid_core.registry.promotion import export, newest_checkpoint
-
     bundle = export(recipe, *newest_checkpoint(recipe.training_dir, recipe))
     weights = next(bundle.glob("model-*.safetensors"))
     data = bytearray(weights.read_bytes())
@@ -222,6 +221,25 @@ def test_a_damaged_bundle_is_refused(recipe: Recipe) -> None:
     assert not result.crowned and [gate.name for gate in result.gates if not gate.passed] == ["bundle"]
     # The card of the refusal did not make the manifest true.
     assert not promote(recipe).crowned
+
+
+def test_scores_and_lineage_are_those_of_the_checkpoint(tmp_path: Path) -> None:
+    """A later checkpoint is not let through on the scores of an earlier one, and another run's has its own recipe's hash."""
+    recipe = fake_run(tmp_path, minimum_metrics={"shapes/seen": 0.9})
+    add_checkpoint(recipe, 10, loss=0.5, seed=1)
+    scored = export(recipe, *newest_checkpoint(recipe.training_dir, recipe))
+    Stage(recipe, "evaluate", []).finish([scored], metrics={"shapes/seen": 0.95}, bundle=str(scored))
+    assert promote(recipe).crowned
+    add_checkpoint(recipe, 20, loss=0.5, seed=2)
+    refused = promote(recipe)
+    assert not refused.crowned and [gate.name for gate in refused.gates if not gate.passed] == ["shapes/seen"]
+
+    other = recipe.model_copy(deep=True)
+    other.training.run_name, other.training.learning_rate = "other", 0.01
+    add_checkpoint(other, 5, loss=0.4, seed=3)
+    registry = ModelRegistry(recipe.registry)
+    tags = registry.client.get_model_version("unit", promote(recipe, run="other").version).tags
+    assert tags["fluid.config_hash"] == config_hash(other) != config_hash(recipe)
 
 
 def test_a_long_card_fits_into_the_registrys_tables() -> None:

@@ -1,8 +1,10 @@
 """Parts of the server that need no server: keys, limits, safety, provenance, the ledger, batch lines."""
 
+import asyncio
 import io
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
@@ -12,6 +14,7 @@ from fluid_core.data.storage import open_storage
 from fluid_core.serving import keys
 from fluid_core.serving.batch_rows import LineError, parse_body, parse_envelope
 from fluid_core.serving.errors import ApiError
+from fluid_core.serving.http import ARRIVING, BodyLimit
 from fluid_core.serving.keys import Authenticator, RateLimiter, load_keys, new_key
 from fluid_core.serving.ledger import JobLedger, plan_lines, read_chunk
 from fluid_core.serving.provenance import png_bytes, read_provenance
@@ -90,7 +93,10 @@ def test_the_ledger_commits_a_chunk_once(tmp_path: Path) -> None:
     assert ledger.write_plan(other) == plan
     assert ledger.commit(1, b"one\n", b"", 1, 0, 0.1, "m") and not ledger.commit(1, b"two\n", b"", 1, 0, 0.1, "m")
     assert ledger.commit(0, b"zero\n", b"bad\n", 1, 1, 0.1, "m")
-    assert list(ledger.results("output", list(ledger.committed()))) == [b"zero\n", b"one\n"]
+    assert list(ledger.results("output", ledger.committed().values())) == [b"zero\n", b"one\n"]
+    (tmp_path / "job/batches/x/output/000000.jsonl").write_bytes(b"zer\n")
+    with pytest.raises(ValueError, match=r"000000.jsonl is missing or damaged: delete .*_ledger/000000.json"):
+        list(ledger.results("output", ledger.committed().values()))
     with open(tmp_path / "empty", "wb+") as file, pytest.raises(ValueError, match="no lines"):
         plan_lines(file, 2, {})
 
@@ -112,3 +118,40 @@ def test_batch_lines() -> None:
     with pytest.raises(ApiError):
         parse_body({"prompt": "x", "stream": True}, "a", 1)
     assert json.loads(parse_body({"prompt": "x", "seed": 5}, "a", 1).model_dump_json())["seed"] == 5
+
+
+def test_uploads_that_arrive_are_bounded() -> None:
+    """Each holds its body in memory: those beyond the bound are refused until others have arrived."""
+    released, statuses = asyncio.Event(), []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        while (await receive())["more_body"]:
+            pass
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+
+    async def ask(limited: BodyLimit) -> None:
+        messages = iter([{"type": "http.request", "body": b"x", "more_body": True}, {"type": "http.request", "more_body": False}])
+
+        async def receive() -> Any:
+            message = next(messages)
+            if not message["more_body"]:
+                await released.wait()
+            return message
+
+        async def send(message: Any) -> None:
+            if message["type"] == "http.response.start":
+                statuses.append(message["status"])
+
+        await limited({"type": "http", "path": "/v1/images/edits", "headers": []}, receive, send)
+
+    async def run() -> None:
+        limited = BodyLimit(app, 100, 100)
+        first = [asyncio.create_task(ask(limited)) for _ in range(ARRIVING)]
+        await asyncio.sleep(0)
+        await ask(limited)
+        assert statuses == [429]
+        released.set()
+        await asyncio.gather(*first, ask(limited))
+        assert statuses[1:] == [200] * (ARRIVING + 1) and limited.arriving == 0
+
+    asyncio.run(run())

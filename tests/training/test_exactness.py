@@ -127,6 +127,12 @@ loop = Killed
 """
 
 
+_AS_LARGE_MODELS = """
+import fluid_core.training.engine as engine
+engine.PERSISTENT_MODEL = engine.PERSISTENT_PARAMETER = 0
+"""
+
+
 def test_adamw_killed_and_resumed_is_exact_to_the_bit(tmp_path: Path) -> None:
     """The paper's optimizer alone: a run of six steps, and one whose rank 1 is killed in the fourth."""
     whole = small_recipe(tmp_path, run_name="whole")
@@ -137,6 +143,22 @@ def test_adamw_killed_and_resumed_is_exact_to_the_bit(tmp_path: Path) -> None:
     assert read_metrics(recipe.training_dir / "metrics.jsonl")[-1]["step"] == 3
     run_workers(recipe)
     _assert_identical(recipe, whole, {"master", "ema", "exp_avg", "exp_avg_sq"})
+
+
+def test_zero3_that_gathers_module_by_module(reference: Recipe, tmp_path: Path) -> None:
+    """As models above 50M parameters train: nothing stays gathered. In micro-batches, the same run within rounding; killed, to the bit."""
+    large = reference.model_copy(update={"runs_dir": str(tmp_path / "large")})
+    large.training = reference.training.model_copy(update={"micro_batch_size": 3})
+    run_workers(large, _AS_LARGE_MODELS)
+    for ours, theirs in zip(_lines(large), _lines(reference), strict=True):
+        assert ours["keys_sha256"] == theirs["keys_sha256"]
+        assert ours["loss"] == pytest.approx(theirs["loss"], abs=1e-5)
+        assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-3)
+    ours, theirs = (dict(load_ema_state(r.training_dir / "checkpoints" / "step_00000006")) for r in (large, reference))
+    assert all(torch.allclose(ours[name], theirs[name], atol=1e-4) for name in theirs)
+    again = _continue_from(large, tmp_path / "again", step=4)
+    run_workers(again, _AS_LARGE_MODELS)
+    _assert_identical(again, large, {"master", "ema", "exp_avg", "exp_avg_sq", "momentum"})
 
 
 def _assert_identical(recipe: Recipe, reference: Recipe, kinds: set[str]) -> None:
@@ -153,15 +175,18 @@ def _assert_identical(recipe: Recipe, reference: Recipe, kinds: set[str]) -> Non
 
 
 def test_resume_at_other_world_sizes(reference: Recipe, tmp_path: Path) -> None:
-    """2 -> 1 -> 3 workers, from ZeRO-3 to 2, and to 3 with its optimizer offloaded: the same samples and losses within rounding.
+    """2 -> 1 -> 3 workers, from ZeRO-3 to 2, and to 3 with its optimizer offloaded, both in micro-batches: the same samples and
+    losses within rounding.
 
     Only the last checkpoint is kept, and the one that is pinned.
     """
-    one = _continue_from(reference, tmp_path / "one", step=2, workers=1, max_steps=4, zero_stage=2, keep_last=1)
+    one = _continue_from(
+        reference, tmp_path / "one", step=2, workers=1, max_steps=4, zero_stage=2, keep_last=1, micro_batch_size=4
+    )
     pin(list_checkpoints(one.training_dir / "checkpoints")[0])
     run_workers(one)
     assert [(c.step, c.state["world_size"]) for c in list_checkpoints(one.training_dir / "checkpoints")] == [(2, 2), (4, 1)]
-    more = {"workers": 3, "max_steps": 6, "zero_stage": 3, "offload_optimizer": True}
+    more = {"workers": 3, "max_steps": 6, "zero_stage": 3, "offload_optimizer": True, "micro_batch_size": 2}
     three = one.model_copy(update={"training": one.training.model_copy(update=more)})
     run_workers(three)
     assert [(c.step, c.state["world_size"]) for c in list_checkpoints(three.training_dir / "checkpoints")] == [(2, 2), (6, 3)]

@@ -150,6 +150,15 @@ def test_data_of_another_geometry_or_encoder_is_refused(root: Path, tmp_path: Pa
         check_datasets([(data, 1.0)], model.model_copy(update={"text_width": 4096}), {})
     with pytest.raises(ValueError, match="kind kl"):
         check_datasets([(data, 1.0)], model.model_copy(update={"tokens": "discrete"}), {})
+    for change, message in (
+        ({"latent_mean": [9.0] * 4}, "latent mean"), ({"latent_std": [2.0] * 4}, "latent std"), ({"text_mode": "tokens"}, "text mode"),
+    ):  # fmt: skip
+        other = EncodedDataset(str(root))
+        other.manifest = other.manifest.model_copy(update=change)
+        with pytest.raises(ValueError, match=message):
+            check_datasets([(data, 1.0), (other, 1.0)], model, {})
+    with pytest.raises(ValueError, match=r"captions of up to 8 tokens, but model\.max_text_tokens is 4"):
+        check_datasets([(data, 1.0)], model.model_copy(update={"max_text_tokens": 4}), {})
     data.manifest.encoders["image"]["sha256"] = "a" * 64
     with pytest.raises(ValueError, match="another image encoder"):
         check_datasets([(data, 1.0)], model, {"image": {"sha256": "b" * 64}})
