@@ -100,7 +100,10 @@ def run_pipeline(
     except OSError as error:
         if error.errno != errno.ENOSPC:
             raise
-        print(f"error: the disk is full ({error.filename or recipe.runs_dir}): free some; the same command goes on", file=sys.stderr)
+        print(
+            f"error: the disk is full ({error.filename or recipe.runs_dir}): free some; the same command goes on",
+            file=sys.stderr,
+        )
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted; run the same command again to go on", file=sys.stderr)

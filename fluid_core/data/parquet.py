@@ -64,14 +64,13 @@ def read_parquet(
                 row += batch.num_rows
                 continue
             for values in _rows(batch):
-                if start <= row and (stop is None or row < stop) and values is None:
+                if not (start <= row and (stop is None or row < stop)):
+                    pass
+                elif values is None:
                     yield Rejected(f"{label}#{row}", "text_not_utf8", "a text of this row is not UTF-8")
-                elif start <= row and (stop is None or row < stop):
-                    sample_key = (
-                        str(values.pop(key))
-                        if key and values.get(key) is not None
-                        else f"{label.removesuffix('.parquet')}-{row:08d}"
-                    )
+                else:
+                    own = values.pop(key) if key else None
+                    sample_key = f"{label.removesuffix('.parquet')}-{row:08d}" if own is None else str(own)
                     if sample_key in seen:
                         yield Rejected(
                             sample_key, "duplicate_member", "the file holds this key more than once; the first counts"

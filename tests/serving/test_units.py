@@ -130,7 +130,9 @@ def test_uploads_that_arrive_are_bounded() -> None:
         await send({"type": "http.response.start", "status": 200, "headers": []})
 
     async def ask(limited: BodyLimit) -> None:
-        messages = iter([{"type": "http.request", "body": b"x", "more_body": True}, {"type": "http.request", "more_body": False}])
+        messages = iter(
+            [{"type": "http.request", "body": b"x", "more_body": True}, {"type": "http.request", "more_body": False}]
+        )
 
         async def receive() -> Any:
             message = next(messages)
