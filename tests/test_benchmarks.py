@@ -53,11 +53,9 @@ def test_the_gpu_room_runs_on_a_cpu_too() -> None:
 def test_the_reference_gives_the_same_numbers(precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """What the method is measured against does the same work: the benchmark itself compares losses and tokens."""
     case = replace(model.CASES[0], batch=4, images=2, num_steps=3, head_steps=2, repeats=1)
+    real = model._model
+    small = replace(case, settings={**case.settings, "width": 64, "heads": 2, "blocks": 2, "head_blocks": 1})
     monkeypatch.setattr(model, "_model", lambda case, precision: real(small, precision))
-    real, small = (
-        model._model,
-        replace(case, settings={**case.settings, "width": 64, "heads": 2, "blocks": 2, "head_blocks": 1}),
-    )
     rows = [model._training(case, precision), *model._generation(case, precision)]
     assert rows[0]["ratio"] > 0 and [row["name"].split(",")[0] for row in rows[1:]] == [
         "generation", "part of it: text: aligner", "part of it: trunk", "part of it: head", "part of it: the rest",

@@ -37,7 +37,9 @@ def attend(q_BHNd: Tensor, k_BHMd: Tensor, v_BHMd: Tensor, bias: Tensor | None =
     `bias`: additive, broadcasts to (B, H, N, M); -inf hides a key. This is the only place that chooses a kernel: the fused
     one, or plain matmuls for few keys on CPU.
     """
-    if q_BHNd.device.type == "cpu" and k_BHMd.shape[2] <= _EXPLICIT_MAX_KEYS.get(k_BHMd.dtype, 0):
+    # The planner's tensors are on no device: in bf16 they stand for a GPU's, which takes the fused kernel.
+    dtype = torch.float32 if isinstance(k_BHMd, FakeTensor) else k_BHMd.dtype
+    if q_BHNd.device.type == "cpu" and k_BHMd.shape[2] <= _EXPLICIT_MAX_KEYS.get(dtype, 0):
         logits_BHNM = torch.matmul(q_BHNd * (1.0 / math.sqrt(q_BHNd.shape[-1])), k_BHMd.transpose(-1, -2))
         if bias is not None:
             logits_BHNM = logits_BHNM + bias.to(logits_BHNM.dtype)

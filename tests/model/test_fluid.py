@@ -142,7 +142,7 @@ def test_bad_input_is_named() -> None:
         tiny_model(tokens="discrete")(torch.zeros(2, 16, dtype=torch.int32), text, mask, null, draws)
     with pytest.raises(ValueError, match=r"text must be \(2, L, 16\)"):
         model(torch.randn(2, 16, 16), text[..., :8], mask, null, draws)
-    with pytest.raises(ValueError, match=r"null_text must be \(L, 16\), got \(1, 8\)"):
+    with pytest.raises(ValueError, match=r"null_text must be \(L, 16\) of at most 12 tokens, got \(1, 8\)"):
         model(torch.randn(2, 16, 16), text, mask, null[:, :8], draws)
     with pytest.raises(ValueError, match="longer than max_text_tokens 12"):
         model(torch.randn(2, 16, 16), *padded(texts(2), length=TEXT_TOKENS + 1), null, draws)
