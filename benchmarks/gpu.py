@@ -25,7 +25,7 @@ from fluid_core.config import PRESETS, ModelConfig
 from fluid_core.diffusion.solvers import solve
 from fluid_core.generation.engine import GenerationRequest, decode_step, start_batch
 from fluid_core.model.draws import draw_training
-from fluid_core.model.fluid import FluidModel
+from fluid_core.model.fluid import FluidModel, compile_blocks
 from fluid_core.planning import forward_flops, peak_flops
 from fluid_core.random import sample_keys
 
@@ -82,7 +82,7 @@ def _training_seconds(config: ModelConfig, device: torch.device, batch: int, com
     model = _model(config, device)
     model.trunk.activation_checkpointing = sum(p.numel() for p in model.parameters()) > CHECKPOINTED
     if compiled:
-        _compile(model)
+        compile_blocks(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     tokens = torch.randn(batch, config.num_tokens, config.token_channels, device=device)
     text = torch.randn(batch, CAPTION_TOKENS, config.text_width, device=device)
@@ -124,7 +124,7 @@ def generation_rows(
     result = []
     for compiled in (False, True):
         if compiled:
-            _compile(model)
+            compile_blocks(model)
         seconds = _seconds(generate, device, warm_up=int(compiled), repeats=2)
         what = f"{images} images, {num_steps} x {head_steps} steps, {_mode(compiled)}, {images / seconds:.1f} images/s"
         result.append(_row(f"generation, {config.preset}, {what}", counter.get_total_flops() / seconds, device))
@@ -171,12 +171,6 @@ def _model(config: ModelConfig, device: torch.device) -> FluidModel:
         if not bool(parameter.any()):
             torch.nn.init.normal_(parameter, std=0.02)
     return model
-
-
-def _compile(model: FluidModel) -> None:
-    """The three parts that compute; what surrounds them chooses rows, which differ from step to step."""
-    for part in (model.aligner, model.trunk, model.head):
-        part.compile()
 
 
 def _mode(compiled: bool) -> str:

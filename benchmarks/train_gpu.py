@@ -28,14 +28,7 @@ WARM_UP = 3
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("preset")
-    parser.add_argument("--checkpointing", action="store_true", help="activation checkpointing")
-    parser.add_argument("--offload", action="store_true", help="optimizer states and EMA in the host's memory")
-    parser.add_argument("--bf16-states", action="store_true", help="a plain loop on one GPU in which everything is bf16")
-    parser.add_argument("--micro-batch", type=int, default=None, help="default: the largest power of two that the plan fits")
-    parser.add_argument("--steps", type=int, default=10)
-    args = parser.parse_args()
+    args = parse(None)
     import deepspeed
 
     quiet()
@@ -45,8 +38,33 @@ def main() -> None:
     else:  # to see that the script runs; it measures nothing there
         without_extensions()
     deepspeed.init_distributed("nccl" if on.type == "cuda" else "gloo")
+    result = measure(args, on)
+    if torch.distributed.get_rank() == 0:
+        print(json.dumps(result), flush=True)
+    torch.distributed.destroy_process_group()
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("preset")
+    parser.add_argument("--checkpointing", action="store_true", help="activation checkpointing")
+    parser.add_argument("--offload", action="store_true", help="optimizer states and EMA in the host's memory")
+    parser.add_argument("--bf16-states", action="store_true", help="a plain loop on one GPU in which everything is bf16")
+    parser.add_argument("--zero-stage", type=int, default=3)
+    parser.add_argument("--compile", action="store_true", help="torch.compile of the blocks (ZeRO stages 0 to 2)")
+    parser.add_argument("--objective", choices=("flow", "eps"), default="flow", help="eps: the paper's, with an fp32 head")
+    parser.add_argument("--micro-batch", type=int, default=None, help="default: the largest power of two that the plan fits")
+    parser.add_argument("--steps", type=int, default=10)
+    return parser.parse_args(arguments)
+
+
+def measure(args: argparse.Namespace, on: torch.device) -> dict[str, Any]:
+    """One row: what was trained, how fast, in how much memory."""
     world = torch.distributed.get_world_size()
-    model = ModelConfig(preset=args.preset, text_width=4096, max_text_tokens=128)
+    precision = "bf16" if args.objective == "flow" else "fp32"
+    model = ModelConfig(
+        preset=args.preset, text_width=4096, max_text_tokens=128, objective=args.objective, head_precision=precision
+    )
     micro = args.micro_batch or largest_micro_batch(model, training(args, world, 1), on)
     batches = [_batch(model, micro, seed, on) for seed in range(2)]
     step, planned = (
@@ -59,24 +77,23 @@ def main() -> None:
         seconds.append(time.monotonic() - started)
     mean = sum(seconds[WARM_UP:]) / args.steps
     images, peak = micro * world / mean, peak_flops(on)
-    if torch.distributed.get_rank() == 0:
-        result: dict[str, Any] = {
-            "preset": args.preset, "gpus": world, "micro_batch": micro, "checkpointing": args.checkpointing,
-            "optimizer_steps": WARM_UP + args.steps, "loss": loss, "seconds_per_step": mean, "images_per_second": images,
-            "tokens_per_second": images * model.num_tokens, "tflops": training_flops(model) * images / world / 1e12,
-            "peak_tflops": peak / 1e12 if peak else None,
-            "memory_gib": torch.cuda.max_memory_allocated(on) / 2**30 if on.type == "cuda" else None,
-            "planned_gib": planned / 2**30 if planned else None,
-        }  # fmt: skip
-        print(json.dumps(result), flush=True)
-    torch.distributed.destroy_process_group()
+    tflops = training_flops(model) * images / world / 1e12
+    return {
+        "preset": args.preset, "gpus": world, "micro_batch": micro, "checkpointing": args.checkpointing,
+        "zero_stage": None if args.bf16_states else args.zero_stage, "compiled": args.compile, "objective": args.objective,
+        "optimizer_steps": WARM_UP + args.steps, "loss": loss, "seconds_per_step": mean, "images_per_second": images,
+        "tokens_per_second": images * model.num_tokens, "tflops": tflops, "peak_tflops": peak / 1e12 if peak else None,
+        "mfu": 1e12 * tflops / peak if peak else None,
+        "memory_gib": torch.cuda.max_memory_allocated(on) / 2**30 if on.type == "cuda" else None,
+        "planned_gib": planned / 2**30 if planned else None,
+    }  # fmt: skip
 
 
 def training(args: argparse.Namespace, world: int, micro: int) -> TrainingConfig:
-    """ZeRO-3 over all workers, one micro-batch a step."""
+    """ZeRO over all workers, one micro-batch a step."""
     return TrainingConfig(
         batch_size=micro * world, workers=world, micro_batch_size=micro, activation_checkpointing=args.checkpointing,
-        offload_optimizer=args.offload, warmup_steps=0,
+        offload_optimizer=args.offload, warmup_steps=0, zero_stage=args.zero_stage, compile=args.compile,
     )  # fmt: skip
 
 

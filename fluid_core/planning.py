@@ -350,5 +350,6 @@ def _advice(model: ModelConfig, training: TrainingConfig, gpus: int, kind: Gpu, 
     while more < 4096:
         more *= 2
         if training.batch_size % more == 0 and fits(training.model_copy(update=changes), more):
-            return f"does not fit on {gpus}; set {', '.join(said.values())} and use {more} GPUs"
+            first = f"set {', '.join(said.values())} and " if said else ""
+            return f"does not fit on {gpus}; {first}use {more} GPUs"
     return "does not fit on any number of these GPUs: use GPUs with more memory or a smaller model"

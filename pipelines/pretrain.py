@@ -2,6 +2,7 @@
 
     python pipelines/pretrain.py --config configs/demo.yaml
     ray job submit --working-dir . -- python pipelines/pretrain.py --config configs/fluid-10b.yaml
+    torchrun --nproc-per-node 8 pipelines/pretrain.py --config configs/fluid-1b.yaml     without Ray: Slurm, one machine of GPUs
 
 Killed or stopped (SIGTERM and Ctrl-C save a checkpoint first) and started again with the same recipe, it goes on exactly
 where the last complete checkpoint was. What another recipe left under the same run name needs --resume, or a new
@@ -9,18 +10,19 @@ training.run_name.
 """
 
 import argparse
+import os
 import sys
 
 from fluid_core.config import Recipe
 from fluid_core.entry import run_pipeline
 from fluid_core.latents.reader import EncodedDataset
 from fluid_core.training.checkpoint import latest_complete
-from fluid_core.training.run import pretrain
+from fluid_core.training.run import is_driver, pretrain
 from fluid_core.workflow.stage import Stage
 
 # Settings that change how a run is carried out and watched, but not what it learns: a run goes on when they change.
 _CONDUCT = {
-    "run_name", "workers", "gpus_per_worker", "zero_stage", "micro_batch_size", "offload_optimizer", "activation_checkpointing",
+    "run_name", "workers", "gpus_per_worker", "zero_stage", "micro_batch_size", "offload_optimizer", "activation_checkpointing", "compile",
     "checkpoint_every", "keep_last", "keep_every", "checkpoint_path", "log_every", "validate_every", "validation_samples",
     "sample_every", "sample_prompts", "max_failures", "watchdog_seconds",
 }  # fmt: skip
@@ -31,6 +33,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(recipe: Recipe, args: argparse.Namespace) -> int:
+    if not is_driver():
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - everything is said once, by the driver
     training = recipe.training
     paths = [item.path for item in training.datasets] or [recipe.encode.output]
     hashes = [EncodedDataset(path).manifest.hash for path in paths]
@@ -44,6 +48,8 @@ def main(recipe: Recipe, args: argparse.Namespace) -> int:
     if stage.skip(args.force):
         return 0
     result = pretrain(recipe, stage.fingerprint, resume=args.resume, fresh=args.force)
+    if not is_driver():
+        return 128 + result["stopped"] if result["stopped"] else 0
     if result["stopped"]:
         print(
             f"pretrain: stopped at step {result['step']}, checkpoint saved; the same command goes on from there",

@@ -14,7 +14,7 @@ from fluid_core import cli
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-OUR_PROGRAMS = {"make", "fluid", "python", "python3.11", "ray", "mlflow"}
+OUR_PROGRAMS = {"make", "fluid", "python", "python3.11", "ray", "torchrun", "mlflow"}
 OTHER_PROGRAMS = {"docker", "kubectl", "terraform", "curl", "export", "argo", "serve"}
 
 
@@ -56,6 +56,8 @@ def test_commands_in_the_docs_are_right(where: str, words: list[str], monkeypatc
     monkeypatch.chdir(ROOT)
     if words[:3] == ["ray", "job", "submit"]:
         words = words[words.index("--") + 1 :]
+    if words[0] == "torchrun":
+        words = ["python", *words[words.index("-m") if "-m" in words else 3 :]]
     program = words[0].removeprefix(".venv/bin/")
     if program == "make":
         done = subprocess.run(["make", "-n", *words[1:]], capture_output=True, text=True)

@@ -26,6 +26,7 @@ class TrainingConfig(Section):
     zero_stage: Literal[0, 1, 2, 3] = 3
     offload_optimizer: bool = False
     activation_checkpointing: bool = False
+    compile: bool = Field(False, description="torch.compile of each block: for GPUs, with zero_stage 0, 1 or 2")
     precision: Literal["auto", "bf16", "fp32"] = Field("auto", description="auto: bf16 where the device computes it, else fp32")
 
     optimizer: Literal["adamw", "muon"] = "adamw"

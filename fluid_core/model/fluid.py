@@ -144,6 +144,12 @@ def drop_captions(text_BLE: Tensor, mask_BL: Tensor, null_LE: Tensor, drop_B: Te
     return torch.where(drop_B[:, None, None], padded_LE, text_BLE), torch.where(drop_B[:, None], valid_L, mask_BL)
 
 
+def compile_blocks(model: Any) -> None:
+    """torch.compile of what computes. Block by block: all blocks of a kind share one compilation."""
+    for part in (*model.aligner.blocks, *model.trunk.blocks, model.head):
+        part.compile()
+
+
 def hidden_matrices(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
     """The matrices inside aligner, trunk and head blocks: what Muon updates. The rest is AdamW's."""
     return [

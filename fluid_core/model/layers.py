@@ -158,7 +158,8 @@ class CrossAttention(nn.Module):
 def unit_norm(x: Tensor) -> Tensor:
     """Layer norm without affine over the last dimension. Root-mean-square would do as well, but has no fused CPU kernel:
     with it a training step of the demo's model took 1.18 times as long (docs/journal.md)."""
-    return F.layer_norm(x, (x.shape[-1],), eps=1e-6)
+    with torch.autocast(x.device.type, enabled=False):  # on GPUs it would return fp32; the sums are fp32 in any case
+        return F.layer_norm(x, (x.shape[-1],), eps=1e-6)
 
 
 class MLP(nn.Module):

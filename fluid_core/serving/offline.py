@@ -9,6 +9,7 @@ import json
 import tempfile
 import time
 from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +33,9 @@ from fluid_core.serving.tasks import ImageTask
 if TYPE_CHECKING:
     from fluid_core.generation.engine import GenerationRequest
     from fluid_core.generation.pipeline import FluidPipeline
+
+WRITERS = 8
+"""Images compressed and stored at a time, while the next ones are made."""
 
 
 class OfflineJob:
@@ -189,27 +193,37 @@ def make_chunk(
             message = error.message if isinstance(error, ApiError) else str(error)
             bad[index] = {"custom_id": custom_id, "line": index + 1, "error": {"code": code, "message": message}}
     size = recipe.serving.max_batch_size
-    for items in groups.values():
-        for start in range(0, len(items), size):
-            part = items[start : start + size]
-            images = _images(served.pipeline, [request for *_, request in part])
-            for (index, custom_id, task, request), image in zip(part, images, strict=True):
-                if isinstance(image, FloatingPointError):
-                    reason = {"code": "generation_failed", "message": str(image)}
-                    bad[index] = {"custom_id": custom_id, "line": index + 1, "error": reason}
-                    continue
-                refusal = safety.check_image(image, task.prompt, task.user)
-                if refusal is not None:
-                    reason = {"code": "content_policy_violation", "message": refusal}
-                    bad[index] = {"custom_id": custom_id, "line": index + 1, "error": reason}
-                    continue
-                details = served.provenance(task, 0, settings_of(request))
-                name = f"images/{chunk:06d}/{index + 1:09d}.png"
-                data = png_bytes(image, details)
-                storage.put_bytes(data, name, overwrite=True)
-                row = {"custom_id": custom_id, "line": index + 1, "image": name, "seed": task.seed, "prompt": task.prompt}
-                good[index] = row | {"model": served.ref.label, "sha256": hashlib.sha256(data).hexdigest()}
+    with ThreadPoolExecutor(WRITERS) as pool:
+        stored = []
+        for items in groups.values():
+            for start in range(0, len(items), size):
+                part = items[start : start + size]
+                images = _images(served.pipeline, [request for *_, request in part])
+                for (index, custom_id, task, request), image in zip(part, images, strict=True):
+                    if isinstance(image, FloatingPointError):
+                        reason = {"code": "generation_failed", "message": str(image)}
+                        bad[index] = {"custom_id": custom_id, "line": index + 1, "error": reason}
+                        continue
+                    refusal = safety.check_image(image, task.prompt, task.user)
+                    if refusal is not None:
+                        reason = {"code": "content_policy_violation", "message": refusal}
+                        bad[index] = {"custom_id": custom_id, "line": index + 1, "error": reason}
+                        continue
+                    name = f"images/{chunk:06d}/{index + 1:09d}.png"
+                    row = {"custom_id": custom_id, "line": index + 1, "image": name, "seed": task.seed, "prompt": task.prompt}
+                    good[index] = row | {"model": served.ref.label}
+                    details = served.provenance(task, 0, settings_of(request))
+                    stored.append((index, pool.submit(_store, storage, name, image, details)))
+        for index, digest in stored:
+            good[index]["sha256"] = digest.result()
     return [good[index] for index in sorted(good)], [bad[index] for index in sorted(bad)]
+
+
+def _store(storage: Storage, name: str, image: Image.Image, details: dict[str, Any]) -> str:
+    """Put an image as PNG; the sha256 of its bytes."""
+    data = png_bytes(image, details)
+    storage.put_bytes(data, name, overwrite=True)
+    return hashlib.sha256(data).hexdigest()
 
 
 def _images(pipeline: "FluidPipeline", requests: list["GenerationRequest"]) -> list[Image.Image | FloatingPointError]:

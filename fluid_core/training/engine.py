@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from fluid_core.config import ModelConfig, TrainingConfig
-from fluid_core.model.fluid import FluidModel, hidden_matrices
+from fluid_core.model.fluid import FluidModel, compile_blocks, hidden_matrices
 from fluid_core.planning import BUCKET, PERSISTENT_MODEL, PREFETCH, SUB_GROUP
 from fluid_core.precision import uses_bf16
 from fluid_core.training.optimizer import FluidOptimizer
@@ -138,6 +138,8 @@ class Engine:
         self.ds, *_ = deepspeed.initialize(model=model, optimizer=self.optimizer, config=config, dist_init_required=False)
         self.model: nn.Module = self.ds.module
         model.trunk.activation_checkpointing = training.activation_checkpointing
+        if training.compile:
+            compile_blocks(model)
         self.partitions = Partitions(self.ds)
         self.optimizer.attach(self.partitions)
         # DeepSpeed would gather the persistent parameters again one by one after each step; `step` does it in one go.

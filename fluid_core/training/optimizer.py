@@ -132,7 +132,8 @@ class FluidOptimizer(torch.optim.Optimizer):
                 self.state[p] = {"momentum": zeros}
                 self._exchanges[id(p)] = _Exchange(partitions, index)
             else:
-                self.state[p] = {"exp_avg": zeros, "exp_avg_sq": zeros.clone(), "step": torch.zeros(())}
+                step = torch.zeros((), device=p.device)  # the fused kernel reads it where the weights are
+                self.state[p] = {"exp_avg": zeros, "exp_avg_sq": zeros.clone(), "step": step}
 
     @property
     def steps(self) -> int:

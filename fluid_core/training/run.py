@@ -1,4 +1,7 @@
-"""A training run from the driver's side: who may use a run's name, Ray Train, the progress line, and how it ends."""
+"""A training run from the driver's side: who may use a run's name, Ray Train, the progress line, and how it ends.
+
+Under torchrun there is no driver and no Ray: each of its processes is a worker, and the one of rank 0 is the driver too.
+"""
 
 import fcntl
 import json
@@ -34,14 +37,25 @@ from fluid_core.workflow.stage import write_json_atomic
 _POLL_SECONDS = 0.5
 
 
+def under_torchrun() -> bool:
+    """Whether torchrun started this process, and others for the other workers."""
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
+def is_driver() -> bool:
+    """False in those of torchrun's processes that are workers alone."""
+    return not under_torchrun() or os.environ["RANK"] == "0"
+
+
 def pretrain(recipe: Recipe, fingerprint: str, resume: bool = False, fresh: bool = False) -> dict[str, Any]:
-    """Train under Ray Train, going on from the newest complete checkpoint.
+    """Train under Ray Train or torchrun, going on from the newest complete checkpoint.
 
     A run that this fingerprint began is continued by itself. What another recipe left under the same name is continued
     only with `resume`, and removed only with `fresh`.
 
     Returns:
-        {"step", "stopped", "metrics"}; `stopped` is the signal's number when SIGTERM or SIGINT asked for an end.
+        {"step", "stopped", "metrics"}; `stopped` is the signal's number when SIGTERM or SIGINT asked for an end. Only
+        `stopped` where `is_driver()` is False.
 
     Raises:
         ValueError: the recipe, the data or the run's name will not do, or a worker met such an error.
@@ -49,9 +63,16 @@ def pretrain(recipe: Recipe, fingerprint: str, resume: bool = False, fresh: bool
         ConnectionError: checkpoints on S3 could not be read at the start, or not be written by the end; the same command
             goes on.
     """
+    if under_torchrun():
+        recipe.training = recipe.training.model_copy(update={"workers": int(os.environ["WORLD_SIZE"])})
+        fresh = fresh and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"
     check_inputs(recipe)
     run_dir = recipe.training_dir.resolve()
     run_dir.mkdir(parents=True, exist_ok=True)
+    if not is_driver():
+        with _stop_on_signals(run_dir) as signalled:
+            _work_here(recipe, RunSettings(str(run_dir), fingerprint, recipe.registry.tracking_uri))
+        return {"stopped": signalled[0] if signalled else None}
     root, uri = recipe.training.checkpoint_folder(run_dir), recipe.training.checkpoint_uri
     with _only_driver(run_dir), WriterLease(uri, lambda text: say(run_dir, text)) if uri else nullcontext():
         remote = RemoteCheckpoints(uri) if uri else None
@@ -59,7 +80,8 @@ def pretrain(recipe: Recipe, fingerprint: str, resume: bool = False, fresh: bool
         if remote:
             # Before the workers start: they would be taken for hung while they wait for a download.
             fetch_newest(remote, root, report=lambda text: say(run_dir, text))
-        (run_dir / STOP_FILE).unlink(missing_ok=True)
+        for name in (STOP_FILE, "result.json"):
+            (run_dir / name).unlink(missing_ok=True)
         settings = RunSettings(
             run_dir=str(run_dir),
             fingerprint=fingerprint,
@@ -67,9 +89,9 @@ def pretrain(recipe: Recipe, fingerprint: str, resume: bool = False, fresh: bool
             tracking_run_id=record["tracking_run_id"],
         )
         # In this order: starting Ray puts a handler of its own in the place of ours.
-        with ray_session(), _stop_on_signals(run_dir) as signalled:
+        with nullcontext() if under_torchrun() else ray_session(), _stop_on_signals(run_dir) as signalled:
             with _progress(run_dir, recipe.training.max_steps):
-                _fit(recipe, settings)
+                (_work_here if under_torchrun() else _fit)(recipe, settings)
         result = json.loads((run_dir / "result.json").read_text())
     if not result["uploaded"]:
         raise ConnectionError(
@@ -90,6 +112,10 @@ def check_inputs(recipe: Recipe) -> None:
     Slicing(training.batch_size, 0, training.workers, training.micro_batch_size)
     if training.offload_optimizer and training.zero_stage == 0:
         raise ValueError("training.offload_optimizer needs zero_stage 1, 2 or 3")
+    if training.compile and training.zero_stage == 3:
+        raise ValueError("training.compile needs zero_stage 0, 1 or 2: stage 3 fetches weights inside the blocks")
+    if training.loader == "ray_data" and under_torchrun():
+        raise ValueError("training.loader: ray_data needs Ray: under torchrun use loader: parquet")
     if training.loader == "ray_data" and len(recipe.mixture) > 1:
         raise ValueError("training.loader: ray_data reads one data set; use loader: parquet for training.datasets of several")
     datasets = [(EncodedDataset(item.path, item.source), item.weight) for item in recipe.mixture]
@@ -193,20 +219,25 @@ def code_version() -> str:
 
 def worker(config: dict[str, Any]) -> None:
     """One Ray Train worker."""
-    os.environ.setdefault("DS_ACCELERATOR", "cuda" if _has_gpu() else "cpu")
     if Path(config["directory"]).is_dir():
         os.chdir(config["directory"])
     import torch
 
+    torch.set_num_threads(config["threads"])
+    _work_here(Recipe.model_validate(config["recipe"]), RunSettings(**config["settings"]))
+
+
+def _work_here(recipe: Recipe, settings: RunSettings) -> None:
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if _has_gpu() else "cpu")
     from fluid_core.training.loop import TrainingLoop
 
-    torch.set_num_threads(config["threads"])
-    run_worker(Recipe.model_validate(config["recipe"]), RunSettings(**config["settings"]), TrainingLoop)
+    run_worker(recipe, settings, TrainingLoop)
 
 
 def run_worker(recipe: Recipe, settings: RunSettings, loop: Any) -> None:
-    """Train in an initialised process group; rank 0 leaves result.json."""
+    """Train in the process group that the environment describes; rank 0 leaves result.json."""
     import deepspeed
+    import torch
 
     from fluid_core.training.engine import device, quiet
     from fluid_core.training.native import without_extensions
@@ -214,6 +245,8 @@ def run_worker(recipe: Recipe, settings: RunSettings, loop: Any) -> None:
     quiet()
     if device().type == "cpu":
         without_extensions()
+    else:
+        torch.cuda.set_device(device())
     deepspeed.init_distributed("nccl" if device().type == "cuda" else "gloo")
     training = loop(recipe, settings)
     result = training.run()
@@ -275,7 +308,6 @@ def _fit(recipe: Recipe, settings: RunSettings) -> None:
             worker_runtime_env={} if training.gpus_per_worker else {"env_vars": keep_freed_memory()},
         ),
     )
-    (Path(settings.run_dir) / "result.json").unlink(missing_ok=True)
     try:
         trainer.fit()
     except Exception as error:

@@ -9,7 +9,8 @@ from typing import Any
 
 import pyarrow as pa
 import pytest
-from encoding_support import content, encode_here, image_bytes, make_shards, recipe_values, small_disk, write_tar
+from encoding_support import content, encode_here, image_bytes, make_shards, recipe_values, small_disk, write_recipe, write_tar
+from forked import Program
 from s3_support import BUCKET
 
 from fluid_core.cli import main as fluid
@@ -113,6 +114,32 @@ def test_expired_credentials_are_one_clear_error_at_once(proxy):
         store.put_bytes(b"x", "x", overwrite=False)
     assert len(proxy.seen) == 1
     proxy.fault = lambda method, path: None
+
+
+def test_credentials_that_expire_end_a_run_with_one_line_and_the_next_goes_on(proxy, alone, tmp_path):
+    """Real Ray, whose workers meet the error."""
+    prefix = f"s3://{BUCKET}/expiring"
+    put_folder(alone / "data", f"{prefix}/data")
+    recipe = write_recipe(tmp_path / "recipe.yaml", [f"{prefix}/data/*.tar"], f"{prefix}/out")
+    command = ["pipelines/encode_dataset.py", "--config", str(recipe)]
+    environment = {
+        name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"
+    }  # its Ray has the proxy's address
+    records = []
+
+    def expires(method: str, path: str) -> str | None:
+        if method == "PUT" and "/_ledger/" in path:
+            records.append(path)
+        return "expired" if len(records) > 1 else None
+
+    proxy.fault = expires
+    code, said = Program(command, tmp_path / "first", environment).end(120)
+    lines = [line for line in said.splitlines() if line.startswith("error:")]
+    assert code == 2 and len(lines) == 1 and "renew the credentials" in lines[0] and "Traceback" not in said, said
+    proxy.fault = lambda method, path: None
+    code, said = Program(command, tmp_path / "second", environment).end(120)
+    assert code == 0, said
+    assert rows(f"{prefix}/out").equals(rows(alone / "out"))
 
 
 def test_wrong_secret(proxy, monkeypatch):

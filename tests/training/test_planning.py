@@ -179,3 +179,12 @@ def test_plan_command(repository: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert result["checkpoint_gib"] == pytest.approx(16 * result["parameters"] / 2**30, rel=0.01)  # type: ignore[operator]
     code, result = run("--gpus", "2", "--set", "training.activation_checkpointing=false")
     assert code == 1 and "activation_checkpointing: true" in str(result["advice"])
+    code, result = run("--gpus", "1", "--set", *("training.micro_batch_size=1", "training.batch_size=64"))
+    assert code == 1 and "set training.offload_optimizer: true and use" in str(result["advice"])
+    code, rows = run("--gpus", "8", "--set", "training.micro_batch_size=8", "--what-if")
+    assert code == 0 and isinstance(rows, list) and len(rows) == 14
+    memory = {tuple(list(row.values())[:3]): row["memory_gib"] for row in rows}
+    for (stage, checkpointing, offload), gib in memory.items():
+        assert memory.get((stage - 1, checkpointing, offload), gib) >= gib, "a higher stage takes less"
+        assert memory.get((stage, checkpointing, not offload), 0) < gib or offload, "and so does offload"
+        assert memory[stage, True, offload] <= gib, "and checkpointing"

@@ -1,0 +1,51 @@
+"""`pipelines/encode_dataset.py` with the recipe that ships: exit codes, and one line for what a user can mend."""
+
+import json
+from pathlib import Path
+
+import pytest
+from encoding_support import encoders, make_shards
+from forked import Program
+
+from fluid_core.cli import main as fluid
+
+
+def _encode(folder: Path, *settings: str) -> tuple[int, str]:
+    output, image, text = folder / "out", *encoders()
+    ours = [f"encode.output={output}", f"image_tokenizer.path={image}", f"text_encoder.path={text}", f"runs_dir={folder}/runs"]
+    ours += [f"registry.tracking_uri=sqlite:///{folder}/mlflow.db", f'data.sources=["{folder}/data/*.tar"]']
+    command = ["pipelines/encode_dataset.py", "--config", "configs/encode_local.yaml", "--set", *ours, *settings]
+    log = folder / "log"
+    log.unlink(missing_ok=True)
+    return Program(command, log).end(120)
+
+
+def test_all_accounted_for_is_0_and_inspect_tells_it(
+    tmp_path: Path, ray_session: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_shards(tmp_path / "data", 2, 6)
+    broken = tmp_path / "data" / "00001.tar"
+    broken.write_bytes(broken.read_bytes()[:-9000])
+    code, said = _encode(tmp_path, "encode.max_bad_ratio=1")
+    assert code == 0, said
+    assert fluid(["inspect", str(tmp_path / "out"), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["in"] == found["out"] + sum(found["filtered"].values()) + sum(found["quarantined"].values())
+    assert 6 < found["in"] <= 12 and sum(found["quarantined"].values()) >= 1 and found["shards"] == 2
+    assert len(found["latent_mean"]) == len(found["latent_std"]) == 4 and set(found["encoders"]) == {"image", "text"}
+    code, said = _encode(tmp_path, "encode.max_bad_ratio=1")
+    assert code == 0 and "already complete" in said
+
+
+@pytest.mark.parametrize(
+    ("setting", "reason"),
+    [
+        ('data.sources=["nowhere/*.tar"]', "nowhere/*.tar"), ("data.sources=[]", "data.sources"),
+        ("image_tokenizer.path=runs/none", "runs/none"), ("text_encoder.dtype=fp16", "fp16"), ("encode.batchsize=3", "batch_size"),
+    ],
+)  # fmt: skip
+def test_what_a_user_can_mend_is_2_and_one_line(setting: str, reason: str, tmp_path: Path) -> None:
+    make_shards(tmp_path / "data", 1, 2)
+    code, said = _encode(tmp_path, setting)
+    lines = [line for line in said.splitlines() if "error:" in line]
+    assert code == 2 and len(lines) == 1 and reason in said and "Traceback" not in said, said
