@@ -54,6 +54,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--compile", action="store_true", help="torch.compile of the blocks (ZeRO stages 0 to 2)")
     parser.add_argument("--objective", choices=("flow", "eps"), default="flow", help="eps: the paper's, with an fp32 head")
     parser.add_argument("--micro-batch", type=int, default=None, help="default: the largest power of two that the plan fits")
+    parser.add_argument("--accumulation", type=int, default=1, help="micro-batches a step; the paper's batch of 2048 has many")
     parser.add_argument("--steps", type=int, default=10)
     return parser.parse_args(arguments)
 
@@ -71,15 +72,15 @@ def measure(args: argparse.Namespace, on: torch.device) -> dict[str, Any]:
         plain_step(model, on, args.checkpointing) if args.bf16_states else engine_step(model, training(args, world, micro))
     )
     seconds = []
-    for number in range(WARM_UP + args.steps):
+    for _ in range(WARM_UP + args.steps):
         started = time.monotonic()
-        loss = step(batches[number % 2])  # waits for the GPU, as it returns the loss
+        loss = step([batches[i % 2] for i in range(args.accumulation)])  # waits for the GPU, as it returns the loss
         seconds.append(time.monotonic() - started)
     mean = sum(seconds[WARM_UP:]) / args.steps
-    images, peak = micro * world / mean, peak_flops(on)
+    images, peak = micro * args.accumulation * world / mean, peak_flops(on)
     tflops = training_flops(model) * images / world / 1e12
     return {
-        "preset": args.preset, "gpus": world, "micro_batch": micro, "checkpointing": args.checkpointing,
+        "preset": args.preset, "gpus": world, "micro_batch": micro, "accumulation": args.accumulation, "checkpointing": args.checkpointing,
         "zero_stage": None if args.bf16_states else args.zero_stage, "compiled": args.compile, "objective": args.objective,
         "optimizer_steps": WARM_UP + args.steps, "loss": loss, "seconds_per_step": mean, "images_per_second": images,
         "tokens_per_second": images * model.num_tokens, "tflops": tflops, "peak_tflops": peak / 1e12 if peak else None,
@@ -90,9 +91,9 @@ def measure(args: argparse.Namespace, on: torch.device) -> dict[str, Any]:
 
 
 def training(args: argparse.Namespace, world: int, micro: int) -> TrainingConfig:
-    """ZeRO over all workers, one micro-batch a step."""
+    """ZeRO over all workers."""
     return TrainingConfig(
-        batch_size=micro * world, workers=world, micro_batch_size=micro, activation_checkpointing=args.checkpointing,
+        batch_size=micro * args.accumulation * world, workers=world, micro_batch_size=micro, activation_checkpointing=args.checkpointing,
         offload_optimizer=args.offload, warmup_steps=0, zero_stage=args.zero_stage, compile=args.compile,
     )  # fmt: skip
 
@@ -122,10 +123,11 @@ def engine_step(model: ModelConfig, config: TrainingConfig) -> tuple[Any, float]
     ema = ShardedEMA(engine.partitions, config.ema_decay)
     engine.set_learning_rate(1.0)
 
-    def step(batch: tuple[Any, ...]) -> float:
-        out = engine.forward(*batch)
-        engine.backward(out.loss_sum / out.count)
-        engine.step()
+    def step(batches: list[tuple[Any, ...]]) -> float:
+        for batch in batches:
+            out = engine.forward(*batch)
+            engine.backward(out.loss_sum / (out.count * len(batches)))
+            engine.step()
         ema.update()
         return float(out.loss_sum.detach() / out.count)
 
@@ -146,11 +148,12 @@ def plain_step(model: ModelConfig, on: torch.device, checkpointing: bool) -> tup
     ema = [p.detach().clone() for p in parameters]
     optimizer = torch.optim.AdamW(parameters, lr=1e-4, betas=(0.9, 0.95), weight_decay=0.02, fused=True)
 
-    def step(batch: tuple[Any, ...]) -> float:
-        with torch.autocast(on.type, torch.bfloat16):
-            out = built(*batch)
-        loss = out.loss_sum / out.count
-        loss.backward()
+    def step(batches: list[tuple[Any, ...]]) -> float:
+        for batch in batches:
+            with torch.autocast(on.type, torch.bfloat16):
+                out = built(*batch)
+            loss = out.loss_sum / out.count
+            (loss / len(batches)).backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad()

@@ -3,6 +3,7 @@
 Shapes: N image tokens, L text tokens, E text width, D trunk width, W head width, C token channels, K masked tokens, R timesteps.
 """
 
+import functools
 import json
 import math
 from dataclasses import dataclass
@@ -112,15 +113,26 @@ def activation_bytes(model: ModelConfig, training: TrainingConfig, micro_batch: 
     """What autograd keeps for the backward pass of one micro-batch, by running the forward pass on tensors without data.
 
     Weights that autograd keeps are not counted under ZeRO-3, which takes them away; bf16 copies that autocast makes of them
-    are counted in the other stages.
+    are counted in the other stages. `training.compile` keeps less: this is what is kept without it.
     """
+    bf16 = training.precision != "fp32"
+    per_image, copies = _kept(model.model_dump_json(), training.activation_checkpointing, bf16)
+    if training.activation_checkpointing:  # one block is recomputed at a time
+        one, none = (_kept(model.model_copy(update={"blocks": blocks}).model_dump_json(), False, bf16) for blocks in (1, 0))
+        per_image, copies = per_image + one[0] - none[0], copies + one[1] - none[1]
+    return int(per_image * micro_batch + (copies if training.zero_stage < 3 else 0))
+
+
+@functools.lru_cache(maxsize=64)
+def _kept(model_json: str, checkpointing: bool, bf16: bool) -> tuple[float, int]:
+    """Bytes that autograd keeps: (of an image's activations, of the weights' bf16 copies)."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     from fluid_core.model.draws import TrainingDraws
     from fluid_core.model.fluid import FluidModel
 
     # The eps objective's noise schedule is cached for the process: it must not be made of tensors without data.
-    model = model.model_copy(update={"objective": "flow"})
+    model = ModelConfig.model_construct(**{**json.loads(model_json), "objective": "flow"})  # 0 blocks mean none here
     B, N, L, C = 2, model.num_tokens, model.max_text_tokens, model.token_channels
     K, R = round(B * mean_masked_tokens(model)), model.timesteps_per_token
     kept: dict[int, torch.Tensor] = {}
@@ -131,7 +143,7 @@ def activation_bytes(model: ModelConfig, training: TrainingConfig, micro_batch: 
 
     with FakeTensorMode():
         built = FluidModel(model)
-        built.trunk.activation_checkpointing = training.activation_checkpointing
+        built.trunk.activation_checkpointing = checkpointing
         weights = {p.untyped_storage()._cdata for p in built.parameters()}
         shapes = {tuple(p.shape) for p in built.parameters() if p.ndim == 2}
         shapes |= {shape[::-1] for shape in shapes}
@@ -143,21 +155,17 @@ def activation_bytes(model: ModelConfig, training: TrainingConfig, micro_batch: 
             times_RK=torch.ones(R, K), noise_RKC=torch.ones(R, K, C), count=K,
         )  # fmt: skip
         text, mask = torch.empty(B, L, model.text_width), torch.ones(B, L, dtype=torch.bool)
-        autocast = torch.autocast("cpu", torch.bfloat16, enabled=training.precision != "fp32")
+        autocast = torch.autocast("cpu", torch.bfloat16, enabled=bf16)
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), autocast:
             built(tokens, text, mask, torch.empty(1, model.text_width), draws)
-        total = 0
+        activations, copies = 0, 0
         for storage, tensor in kept.items():
-            cast = training.zero_stage == 3 and tensor.dtype == torch.bfloat16 and tuple(tensor.shape) in shapes
-            is_weight = storage in weights or cast
-            total += 0 if is_weight else tensor.untyped_storage().nbytes()
-    per_image = total / B
-    if training.activation_checkpointing:  # one block is recomputed at a time
-        one = model.model_copy(update={"blocks": 1})
-        none = model.model_copy(update={"blocks": 0})
-        plain = training.model_copy(update={"activation_checkpointing": False})
-        per_image += activation_bytes(one, plain, 1) - activation_bytes(none, plain, 1)
-    return int(per_image * micro_batch)
+            size = tensor.untyped_storage().nbytes()
+            if tensor.dtype == torch.bfloat16 and tuple(tensor.shape) in shapes:
+                copies += size
+            elif storage not in weights:
+                activations += size
+    return activations / B, copies
 
 
 _T5_V1_1 = {512: (8, 6, 1024), 768: (12, 12, 2048), 1024: (24, 16, 2816), 2048: (24, 32, 5120), 4096: (24, 64, 10240)}

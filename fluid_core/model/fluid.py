@@ -148,6 +148,8 @@ def compile_blocks(model: Any) -> None:
     """torch.compile of what computes. Block by block: all blocks of a kind share one compilation."""
     for part in (*model.aligner.blocks, *model.trunk.blocks, model.head):
         part.compile()
+    for block in model.trunk.blocks:
+        block.cross.keys_values = torch.compile(block.cross.keys_values)
 
 
 def hidden_matrices(model: nn.Module) -> list[tuple[str, nn.Parameter]]:

@@ -115,8 +115,14 @@ def test_the_trainer_and_its_resume(settings: dict[str, Any], tmp_path: Path, mo
     monkeypatch.setattr(loop, "Tracker", _NoTracker)
     recipe = small_recipe(tmp_path, workers=1, **settings)
 
+    class Loop(loop.TrainingLoop):
+        def run(self) -> dict[str, Any]:
+            result = super().run()
+            self._lock.close()  # as the end of its process would
+            return result
+
     def train(recipe: Recipe) -> list[dict[str, Any]]:
-        run_worker(recipe, loop.RunSettings(str(recipe.training_dir), "f", "sqlite://"), loop.TrainingLoop)
+        run_worker(recipe, loop.RunSettings(str(recipe.training_dir), "f", "sqlite://"), Loop)
         return read_metrics(recipe.training_dir / "metrics.jsonl")
 
     lines = train(recipe)

@@ -181,6 +181,7 @@ def test_plan_command(repository: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert code == 1 and "activation_checkpointing: true" in str(result["advice"])
     code, result = run("--gpus", "1", "--set", *("training.micro_batch_size=1", "training.batch_size=64"))
     assert code == 1 and "set training.offload_optimizer: true and use" in str(result["advice"])
+    config = str(repository / "configs" / "fluid-166m.yaml")
     code, rows = run("--gpus", "8", "--set", "training.micro_batch_size=8", "--what-if")
     assert code == 0 and isinstance(rows, list) and len(rows) == 14
     memory = {tuple(list(row.values())[:3]): row["memory_gib"] for row in rows}
