@@ -120,10 +120,11 @@ class SelfAttention(nn.Module):
         qkv = self.qkv(x_BND) if packing is None else packing.unpack(self.qkv(x_BND))
         B, N = qkv.shape[:2]
         D = x_BND.shape[-1]
-        q, k, v = qkv.view(B, N, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)
+        q, k, v = qkv.view(B, N, 3, self.heads, D // self.heads).unbind(2)
         if places_BP is not None:
-            q, N = q.take_along_dim(places_BP[:, None, :, None], dim=2), places_BP.shape[1]
+            q, N = q.take_along_dim(places_BP[:, :, None, None], dim=1), places_BP.shape[1]
         q, k = unit_norm(q) * self.gain.to(q.dtype), unit_norm(k)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         if cache is not None:
             k, v = cache.append(k, v)
         attended = attend(q, k, v, bias).transpose(1, 2).reshape(B, N, D)
@@ -145,13 +146,14 @@ class CrossAttention(nn.Module):
         """Of the text's valid places (T, D): keys and values, each (B, H, L, d)."""
         B, L = packing.shape
         kv_BLD = packing.unpack(self.kv(text_TD))
-        k, v = kv_BLD.view(B, L, 2, self.heads, -1).permute(2, 0, 3, 1, 4)
-        return unit_norm(k), v
+        k, v = kv_BLD.view(B, L, 2, self.heads, -1).unbind(2)
+        return unit_norm(k).transpose(1, 2), v.transpose(1, 2)
 
     def forward(self, x_BND: Tensor, keys_values: tuple[Tensor, Tensor], bias: Tensor | None) -> Tensor:
         B, N, D = x_BND.shape
-        q = self.q(x_BND).view(B, N, self.heads, D // self.heads).transpose(1, 2)
-        out = attend(unit_norm(q) * self.gain.to(q.dtype), *keys_values, bias)
+        q = self.q(x_BND).view(B, N, self.heads, D // self.heads)
+        q = (unit_norm(q) * self.gain.to(q.dtype)).transpose(1, 2)
+        out = attend(q, *keys_values, bias)
         return self.out(out.transpose(1, 2).reshape(B, N, D))
 
 
