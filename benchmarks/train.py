@@ -79,8 +79,9 @@ def gpu_rows() -> list[dict[str, Any]]:
     if not torch.cuda.is_available():
         return []
     out = []
-    runs = [[preset, *more] for preset in ("fluid-369m", "fluid-1.1b", "fluid-3.1b") for more in ([], ["--checkpointing"])]
-    for arguments in [*runs, ["fluid-10.5b", "--bf16-states", "--checkpointing", "--micro-batch", "8", "--steps", "3"]]:
+    ways = [["--zero-stage", "1", "--compile", "--accumulation", "4"], [], ["--checkpointing"]]
+    runs = [[preset, *way] for preset in ("fluid-369m", "fluid-1.1b", "fluid-3.1b") for way in ways]
+    for arguments in [*runs, ["fluid-10.5b", "--bf16-states", "--checkpointing", "--micro-batch", "32", "--steps", "3"]]:
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1"]
         done = subprocess.run(
             [*command, "-m", "benchmarks.train_gpu", *arguments],

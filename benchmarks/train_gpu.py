@@ -2,7 +2,7 @@
 
     torchrun --nproc-per-node 1 -m benchmarks.train_gpu fluid-1.1b --checkpointing
     torchrun --nproc-per-node 8 -m benchmarks.train_gpu fluid-3.1b
-    torchrun --nproc-per-node 1 -m benchmarks.train_gpu fluid-10.5b --checkpointing --bf16-states --micro-batch 8 --steps 3
+    torchrun --nproc-per-node 1 -m benchmarks.train_gpu fluid-10.5b --checkpointing --bf16-states --micro-batch 32 --steps 3
 
 The engine is the trainer's: ZeRO-3, bf16 compute, fp32 masters and moments, EMA, fused AdamW. With `--bf16-states` it is a plain
 loop instead, in which weights, gradients, moments and EMA are all bf16: 10 bytes a parameter, so that 10.5B fit on one GPU of
