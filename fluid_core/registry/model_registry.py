@@ -14,7 +14,7 @@ from mlflow.exceptions import MlflowException
 
 from fluid_core.config import RegistryConfig
 from fluid_core.registry.mlflow_client import mlflow_client
-from fluid_core.registry.models import CANDIDATE, CHAMPION, PREVIOUS
+from fluid_core.registry.models import CANDIDATE, CHAMPION, LEAVING, PREVIOUS
 
 STATE, OWNER, STARTED = "promotion.state", "promotion.owner", "promotion.started"
 _STALE_SECONDS = 6 * 3600
@@ -92,25 +92,34 @@ class ModelRegistry:
         if champion is not None:
             self.client.set_registered_model_alias(self.name, PREVIOUS, champion)
         self.client.set_registered_model_alias(self.name, CHAMPION, version)
-        self.client.delete_registered_model_alias(self.name, CANDIDATE)
+        for alias in (CANDIDATE, LEAVING):
+            self.client.delete_registered_model_alias(self.name, alias)
         self.settle(version, "promoted")
 
     def rollback(self) -> tuple[str, str]:
-        """Swap champion and previous. Returns (new champion, new previous).
+        """Swap champion and previous, or finish a swap that was killed. Returns (new champion, new previous).
 
         Raises:
             ValueError: there is no previous version, or a promotion is running.
         """
         aliases = self.aliases()
+        if LEAVING in aliases and aliases[LEAVING] != aliases.get(CHAMPION):
+            return aliases[CHAMPION], self._leave(aliases[LEAVING])
         if CHAMPION not in aliases or PREVIOUS not in aliases or aliases[CHAMPION] == aliases[PREVIOUS]:
             raise ValueError(f"{self.name} has no previous version to go back to")
         others = self.running()
         if others:
             raise PromotionInProgress(_told(self.name, others[0]))
         champion, previous = aliases[PREVIOUS], aliases[CHAMPION]
+        # Killed between the two writes, both aliases would name one version, and nothing the other.
+        self.client.set_registered_model_alias(self.name, LEAVING, previous)
         self.client.set_registered_model_alias(self.name, CHAMPION, champion)
-        self.client.set_registered_model_alias(self.name, PREVIOUS, previous)
-        return champion, previous
+        return champion, self._leave(previous)
+
+    def _leave(self, version: str) -> str:
+        self.client.set_registered_model_alias(self.name, PREVIOUS, version)
+        self.client.delete_registered_model_alias(self.name, LEAVING)
+        return version
 
 
 def _told(name: str, version: ModelVersion) -> str:

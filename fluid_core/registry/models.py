@@ -8,6 +8,7 @@ from fluid_core.config import RegistryConfig
 from fluid_core.registry.mlflow_client import mlflow_client
 
 CHAMPION, PREVIOUS, CANDIDATE = "champion", "previous", "candidate"
+LEAVING = "leaving"  # the champion that a rollback is replacing
 _MODEL_URI = re.compile(r"models:/(?P<name>[^/@]+)(?:@(?P<alias>[^/@]+)|/(?P<version>\d+))$")
 
 

@@ -28,6 +28,7 @@ from fluid_core.registry.mlflow_client import absolute_uri, artifact_root, exper
 logger = logging.getLogger(__name__)
 
 PARENT_RUN_ENV = "FLUID_PARENT_RUN_ID"
+SPOOL = "tracking-spool"
 Event = dict[str, Any]
 _STOP: Event = {"kind": "stop"}
 _ATTEMPTS = 3
@@ -118,7 +119,7 @@ class Tracker:
             "run_id": run_id,
         }
         root = artifact_root(uri)
-        self._spool_root = Path(spool_dir or (Path(root).parent if root else Path(tempfile.gettempdir())) / "tracking-spool")
+        self._spool_root = Path(spool_dir or (Path(root).parent if root else Path(tempfile.gettempdir())) / SPOOL)
         self._spool = _Spool(self._spool_root / uuid.uuid4().hex)
         self._retry_seconds = retry_seconds
         self._queue: queue.Queue[Event] = queue.Queue()

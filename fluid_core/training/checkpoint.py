@@ -14,8 +14,10 @@ with DeepSpeed's universal checkpoints).
 import json
 import os
 import shutil
+import socket
 import threading
 import time
+import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +39,7 @@ if TYPE_CHECKING:
 FORMAT_VERSION = 1
 COMPLETE, STATE, PINNED = "_COMPLETE", "state.json", "_PINNED"
 _WAIT_SECONDS = 1800.0
+SHARED_SECONDS = 30.0
 
 
 @dataclass(frozen=True)
@@ -138,7 +141,29 @@ class Checkpointer:
         if self.rank == 0:
             for stale in self.root.glob(".step_*"):
                 shutil.rmtree(stale, ignore_errors=True)
+            for stale in self.root.glob(".seen_*"):
+                stale.unlink()
+        self._check_shared()
+
+    def _check_shared(self) -> None:
+        """Raises ValueError where a worker does not see what rank 0 writes: its shards would be waited for in vain."""
+        name = [f".seen_{uuid.uuid4().hex}"]
+        torch.distributed.broadcast_object_list(name, src=0)
+        mark = self.root / name[0]
+        if self.rank == 0:
+            mark.touch()
         torch.distributed.barrier()
+        deadline = time.monotonic() + SHARED_SECONDS  # network file systems keep what they know of a folder for a while
+        while not mark.exists():
+            if time.monotonic() > deadline:
+                raise ValueError(
+                    f"worker {self.rank} on {socket.gethostname()} does not see what worker 0 writes to {self.root}: set runs_dir or "
+                    "training.checkpoint_path to a folder that all machines share"
+                )
+            time.sleep(0.1)
+        torch.distributed.barrier()
+        if self.rank == 0:
+            mark.unlink()
 
     def _flats(self) -> dict[str, list[Tensor]]:
         return {**self.partitions.states(), "ema": self.ema.flats}

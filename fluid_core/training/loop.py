@@ -23,7 +23,7 @@ import torch.distributed as dist
 from fluid_core.config import Recipe
 from fluid_core.latents.reader import EncodedDataset
 from fluid_core.planning import peak_flops, training_flops
-from fluid_core.registry.tracking import Tracker
+from fluid_core.registry.tracking import SPOOL, Tracker
 from fluid_core.training.checkpoint import Checkpointer, latest_complete
 from fluid_core.training.ema import ShardedEMA
 from fluid_core.training.engine import Engine
@@ -127,6 +127,7 @@ class TrainingLoop:
                 self.recipe.registry.experiment,
                 self.run_dir.name,
                 run_id=self.settings.tracking_run_id,
+                spool_dir=self.run_dir.parent / SPOOL,
             )
         if self.training.sample_prompts:
             self.sampler = Sampler(self.recipe, self.engine, self.ema, self.loader.collator)

@@ -23,7 +23,7 @@ from fluid_core.config import Recipe
 from fluid_core.data.storage import absolute
 from fluid_core.entry import keep_freed_memory, ray_session
 from fluid_core.latents.reader import EncodedDataset
-from fluid_core.registry.tracking import Tracker
+from fluid_core.registry.tracking import SPOOL, Tracker
 from fluid_core.training.checkpoint import PINNED, list_checkpoints
 from fluid_core.training.loader import Slicing, check_datasets
 from fluid_core.training.loop import STOP_FILE, RunSettings
@@ -173,7 +173,7 @@ def _claim(
     tags = {"fluid.stage": "pretrain", "fluid.fingerprint": fingerprint, "fluid.code": code_version()}
     tracker = Tracker(
         record["tracking_uri"], recipe.registry.experiment, recipe.training_dir.name, run_id=record["tracking_run_id"],
-        tags=tags,
+        tags=tags, spool_dir=run_dir.parent / SPOOL,
     )  # fmt: skip
     tracker.set_tags(tags)  # a run that goes on may do so with newer code
     tracker.log_params(recipe.model_dump(mode="json"))

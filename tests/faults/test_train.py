@@ -106,6 +106,25 @@ def test_killed_while_saving_and_a_full_disk(tmp_path: Path) -> None:
     assert [line["step"] for line in read_metrics(recipe.training_dir / "metrics.jsonl")] == [1, 2, 3, 4, 5, 6]
 
 
+_ELSEWHERE_ON_RANK_1 = """
+import fluid_core.training.checkpoint as checkpoints
+checkpoints.SHARED_SECONDS = 0.2
+class Elsewhere(TrainingLoop):
+    def __init__(self, recipe, settings):
+        if os.environ["RANK"] == "1":
+            recipe.training.checkpoint_path = settings.run_dir + "/of_another_machine"
+        super().__init__(recipe, settings)
+loop = Elsewhere
+"""
+
+
+def test_workers_that_share_no_folder_are_told_before_the_first_step(tmp_path: Path) -> None:
+    recipe = small_recipe(tmp_path)
+    out = run_workers(recipe, _ELSEWHERE_ON_RANK_1, ok=False)
+    assert "worker 1 on" in out and "a folder that all machines share" in out
+    assert not read_metrics(recipe.training_dir / "metrics.jsonl")
+
+
 _DELETES_A_SHARD = """
 class Deleting(TrainingLoop):
     def _train(self):

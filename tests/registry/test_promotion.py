@@ -6,7 +6,9 @@ import os
 import runpy
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -108,6 +110,25 @@ def test_rollback_swaps_champion_and_previous(recipe: Recipe) -> None:
     registry = ModelRegistry(recipe.registry)
     assert registry.aliases()["champion"] == "1" and registry.aliases()["previous"] == "2"
     assert registry.rollback() == ("2", "1")
+    # Killed after any of its writes, it is finished by the next one, or begun anew.
+    for writes in (1, 2, 3):
+        registry = ModelRegistry(recipe.registry)
+        left = iter(range(writes))
+        real = registry.client.set_registered_model_alias
+
+        def dies(*arguments: str, left: Iterator[int] = left, real: Any = real) -> None:
+            real(*arguments)
+            if next(left) == writes - 1:
+                raise KeyboardInterrupt
+
+        registry.client.set_registered_model_alias = dies  # type: ignore[method-assign]
+        with pytest.raises(KeyboardInterrupt):
+            registry.rollback()
+        assert ModelRegistry(recipe.registry).rollback() == ("1", "2")
+        assert ModelRegistry(recipe.registry).aliases() == {"champion": "1", "previous": "2"} | {
+            name: version for name, version in registry.aliases().items() if name == "candidate"
+        }
+        assert ModelRegistry(recipe.registry).rollback() == ("2", "1")
     with pytest.raises(ValueError, match="no previous version"):
         ModelRegistry(recipe.registry.model_copy(update={"model_name": "empty"})).rollback()
 
