@@ -194,7 +194,31 @@ def test_a_request_survives_the_death_of_its_replica(server: Faulty) -> None:
     assert settled(server)
 
 
-def test_a_batch_survives_the_death_of_the_gateway(server: Faulty) -> None:
+@pytest.mark.parametrize("deaths", [1, 2])
+def test_a_stream_survives_one_death_of_its_replica_and_says_so_at_the_second(server: Faulty, deaths: int) -> None:
+    body = {"prompt": "a red circle", "seed": 5, "steps": 48, "size": "128x128", "stream": True, "partial_images": 3}
+    events: list[dict[str, Any]] = []
+    killed: list[int] = []
+    with httpx.stream("POST", server.url + PATH, json=body, headers=server.auth, timeout=180) as response:
+        for line in response.iter_lines():
+            if not line.startswith("data: {"):
+                continue
+            events.append(json.loads(line.removeprefix("data: ")))
+            now = [process.pid for process in replicas("Generator") if process.pid not in killed]
+            if "partial_image" in events[-1].get("type", "") and len(killed) < deaths and now:
+                os.kill(now[0], signal.SIGKILL)
+                killed.append(now[0])
+    assert len(killed) == deaths
+    if deaths == 1:
+        assert events[-1]["type"] == "image_generation.completed"
+        expected = server.pipeline(["a red circle"], seed=5, num_steps=48, size=128)[0]
+        assert difference(image_of(events[-1]["b64_json"]), expected) <= 1
+    else:
+        assert events[-1]["error"]["code"] == "replica_lost"
+    assert settled(server)
+
+
+def test_a_batch_survives_the_death_of_the_gateway_and_of_its_replica(server: Faulty) -> None:
     lines = [
         {"custom_id": str(i), "method": "POST", "url": PATH, "body": {"prompt": "a red circle", "steps": 4}} for i in range(300)
     ]
@@ -216,6 +240,9 @@ def test_a_batch_survives_the_death_of_the_gateway(server: Faulty) -> None:
     while look()["request_counts"]["completed"] < 40:
         time.sleep(0.05)
     os.kill(replicas("Gateway")[0].pid, signal.SIGKILL)
+    while look()["request_counts"]["completed"] < 120:
+        time.sleep(0.05)
+    os.kill(replicas("Generator")[0].pid, signal.SIGKILL)
     until = time.monotonic() + 180
     while (now := look())["status"] != "completed" and time.monotonic() < until:
         time.sleep(0.3)

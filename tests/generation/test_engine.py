@@ -87,16 +87,25 @@ def test_a_negative_prompt_changes_the_image() -> None:
 # Independence
 
 
-@pytest.mark.parametrize("tokens,order", VARIANTS)
-def test_an_image_is_the_same_alone_and_in_a_batch_of_64(tokens: str, order: str) -> None:
-    model = tiny_model(tokens=tokens, order=order)
-    alone = start(model, request(3))
+@pytest.mark.parametrize(
+    "tokens,order,objective,solver",
+    [
+        *((tokens, order, "flow", "heun") for tokens, order in VARIANTS), ("continuous", "random", "flow", "euler"),
+        *(("continuous", "random", objective, solver) for objective in ("eps", "v") for solver in ("ddpm", "ddim", "dpm2")),
+        ("continuous", "checkerboard", "flow", "heun"),
+    ],
+)  # fmt: skip
+def test_an_image_is_the_same_alone_and_in_a_batch_of_64(tokens: str, order: str, objective: str, solver: str) -> None:
+    model = tiny_model(tokens=tokens, order="raster" if order == "raster" else "random", objective=objective)
+    settings = {"solver": solver, "order": order if order == "checkerboard" else "random"}
+    alone = start(model, request(3, **settings))
     finish(model, [alone])
     for place in (0, 31, 63):
         company = [
-            request(100 + i, num_steps=2 + i % 9, guidance_scale=1.0 + i % 3, temperature=0.5 + i / 64) for i in range(63)
+            request(100 + i, num_steps=2 + i % 9, guidance_scale=1.0 + i % 3, temperature=0.5 + i / 64, **settings)
+            for i in range(63)
         ]
-        slots = start_batch(model, [*company[:place], request(3), *company[place:]])
+        slots = start_batch(model, [*company[:place], request(3, **settings), *company[place:]])
         finish(model, slots)
         own = slots[place]
         assert torch.equal(own.order_N, alone.order_N), "the order, bit for bit"

@@ -166,7 +166,13 @@ def test_an_edit_keeps_the_other_tokens_bit_for_bit(pipe: FluidPipeline) -> None
 
 def test_outpainting_and_variations(pipe: FluidPipeline) -> None:
     image = pipe("a red circle", seed=5)[0]
-    assert pipe.outpaint(image, (48, 40), (8, 8), "a red circle").size == (48, 40)
+    slots = []
+    assert pipe.outpaint(image, (48, 40), (8, 8), "a red circle", callback=lambda *all: slots.extend(all[2])).size == (48, 40)
+    inside = torch.zeros(5, 6, dtype=torch.bool)
+    inside[2:, 2:4] = True  # but for one ring inside the picture, its tokens stay
+    encoded = slots[0].request.known_tokens_NC
+    assert torch.equal(slots[0].request.known_mask_N.reshape(5, 6), inside)
+    assert torch.equal(slots[0].tokens_NC[inside.flatten()], encoded[inside.flatten()])
     with pytest.raises(ValueError, match="does not fit into 40x40"):
         pipe.outpaint(image, (40, 40), (16, 0), "a red circle")
     with pytest.raises(ValueError, match="nothing to make up around it"):

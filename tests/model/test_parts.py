@@ -8,7 +8,7 @@ from tiny_fluid import TEXT_WIDTH, padded, texts, tiny_model
 from torch.nn.functional import scaled_dot_product_attention
 
 from fluid_core.model import layers
-from fluid_core.model.layers import attend, causal_bias, padding_bias
+from fluid_core.model.layers import Packing, attend, causal_bias, padding_bias
 from fluid_core.model.positions import GridPositions, TextPositions
 
 
@@ -37,6 +37,13 @@ def test_queries_and_keys_are_normalised() -> None:
     with torch.no_grad():
         attention.qkv.weight[:64] *= 100
     assert torch.allclose(attention(x), before, atol=1e-3)
+    cross, packing = model.trunk.blocks[0].cross, Packing(torch.ones(2, 5, dtype=torch.bool))
+    text = torch.randn(10, 32)
+    before = cross(x, cross.keys_values(text, packing), None)
+    with torch.no_grad():
+        cross.q.weight *= 100
+        cross.kv.weight[:32] *= 100
+    assert torch.allclose(cross(x, cross.keys_values(text, packing), None), before, atol=1e-3)
 
 
 def test_grid_positions_start_as_two_axes_of_sinusoids() -> None:

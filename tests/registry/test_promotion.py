@@ -6,7 +6,6 @@ import os
 import runpy
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -113,12 +112,13 @@ def test_rollback_swaps_champion_and_previous(recipe: Recipe) -> None:
     # Killed after any of its writes, it is finished by the next one, or begun anew.
     for writes in (1, 2, 3):
         registry = ModelRegistry(recipe.registry)
-        left = iter(range(writes))
+        left = list(range(writes))
         real = registry.client.set_registered_model_alias
 
-        def dies(*arguments: str, left: Iterator[int] = left, real: Any = real) -> None:
+        def dies(*arguments: str, left: list[int] = left, real: Any = real) -> None:
             real(*arguments)
-            if next(left) == writes - 1:
+            left.pop()
+            if not left:
                 raise KeyboardInterrupt
 
         registry.client.set_registered_model_alias = dies  # type: ignore[method-assign]
