@@ -223,6 +223,14 @@ def _run_graph(
             if first is not None:
                 throughput.warm_samples += samples - first[0]
                 throughput.warm_seconds += time.monotonic() - first[1]
+    except ray.exceptions.RayError as error:
+        if isinstance(error, ray.exceptions.RayTaskError):  # raised by our own code: its traceback tells where
+            raise
+        reason = (str(error).strip().splitlines() or [""])[0]
+        raise ConnectionError(
+            f"Ray lost workers of the encoding ({type(error).__name__}: {reason}): what was committed stays, the same command goes "
+            "on; if they ran out of memory, lower encode.decode_workers, encode.encode_workers or encode.batch_size"
+        ) from error
     finally:
         throughput.seconds += time.monotonic() - started
         _release(committers)

@@ -1,13 +1,19 @@
 """`pipelines/encode_dataset.py` with the recipe that ships: exit codes, and one line for what a user can mend."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
-from encoding_support import encoders, make_shards
+import ray
+from encoding_support import encoders, make_shards, recipe_values
 from forked import Program
 
 from fluid_core.cli import main as fluid
+from fluid_core.config import Recipe
+from fluid_core.encoding import run
+from fluid_core.encoding.pipeline import encode_dataset
 
 
 def _encode(folder: Path, *settings: str) -> tuple[int, str]:
@@ -36,6 +42,29 @@ def test_all_accounted_for_is_0_and_inspect_tells_it(
     assert len(found["latent_mean"]) == len(found["latent_std"]) == 4 and set(found["encoders"]) == {"image", "text"}
     code, said = _encode(tmp_path, "encode.max_bad_ratio=1")
     assert code == 0 and "already complete" in said
+
+
+def test_workers_that_ray_gives_up_on_end_the_run_with_one_line(
+    tmp_path: Path, ray_session: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And the same command goes on. An error of our own code keeps its traceback."""
+    make_shards(tmp_path / "data", 1, 2)
+    recipe = Recipe.model_validate(recipe_values(tmp_path, [str(tmp_path / "data")], tmp_path / "out"))
+    raised: list[Exception] = [ray.exceptions.OutOfMemoryError("killed\nby Ray"), RuntimeError("ours")]
+
+    def reports(*_: Any) -> Iterator[Any]:
+        raise raised.pop(0)
+        yield
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "_reports", reports)
+        with pytest.raises(ConnectionError, match=r"OutOfMemoryError: killed\): what was committed stays") as told:
+            encode_dataset(recipe)
+        assert "\n" not in str(told.value)
+        with pytest.raises(RuntimeError, match="ours"):
+            encode_dataset(recipe)
+    (manifest,) = encode_dataset(recipe)
+    assert manifest.counts["out"] == 2
 
 
 @pytest.mark.parametrize(
