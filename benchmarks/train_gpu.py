@@ -4,7 +4,7 @@
     torchrun --nproc-per-node 8 -m benchmarks.train_gpu fluid-3.1b
     torchrun --nproc-per-node 1 -m benchmarks.train_gpu fluid-10.5b --checkpointing --bf16-states --micro-batch 32 --steps 3
 
-The engine is the trainer's: ZeRO-3, bf16 compute, fp32 masters and moments, EMA, fused AdamW. With `--bf16-states` it is a plain
+The engine is the trainer's: ZeRO (stage 3 unless told otherwise), bf16 compute, fp32 masters and moments, EMA, fused AdamW. With `--bf16-states` it is a plain
 loop instead, in which weights, gradients, moments and EMA are all bf16: 10 bytes a parameter, so that 10.5B fit on one GPU of
 139 GiB with little to spare. The data is random; latents are 16x16 tokens, captions have 128 tokens of width 4096.
 """
@@ -28,7 +28,7 @@ WARM_UP = 3
 
 
 def main() -> None:
-    args = parse(None)
+    args = parse()
     import deepspeed
 
     quiet()
@@ -44,7 +44,7 @@ def main() -> None:
     torch.distributed.destroy_process_group()
 
 
-def parse(arguments: list[str] | None) -> argparse.Namespace:
+def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("preset")
     parser.add_argument("--checkpointing", action="store_true", help="activation checkpointing")
@@ -56,7 +56,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--micro-batch", type=int, default=None, help="default: the largest power of two that the plan fits")
     parser.add_argument("--accumulation", type=int, default=1, help="micro-batches a step; the paper's batch of 2048 has many")
     parser.add_argument("--steps", type=int, default=10)
-    return parser.parse_args(arguments)
+    return parser.parse_args()
 
 
 def measure(args: argparse.Namespace, on: torch.device) -> dict[str, Any]:

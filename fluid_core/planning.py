@@ -337,7 +337,7 @@ def _advice(model: ModelConfig, training: TrainingConfig, gpus: int, kind: Gpu, 
 
     micro = training.micro_batch(gpus)
     steps: list[tuple[str, dict[str, object]]] = [
-        ("training.zero_stage: 3", {"zero_stage": 3}),
+        ("training.zero_stage: 3" + (", training.compile: false" if training.compile else ""), {"zero_stage": 3}),
         ("training.activation_checkpointing: true", {"activation_checkpointing": True}),
     ]
     while micro > 1:

@@ -104,6 +104,7 @@ def test_every_recipe_builds_and_fits(repository: Path, name: str) -> None:
     assert micro * accumulate * training.workers == config["train_batch_size"] == 2048
     result = plan(recipe.model, training, training.workers, "h100", 0.35, 2.048e9, 1.0)
     assert result.fits, result
+    assert not (training.compile and training.zero_stage == 3)
 
 
 def _shapes_only(what: str, recipe: Path) -> Any:
@@ -181,7 +182,9 @@ def test_plan_command(repository: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert code == 1 and "activation_checkpointing: true" in str(result["advice"])
     code, result = run("--gpus", "1", "--set", *("training.micro_batch_size=1", "training.batch_size=64"))
     assert code == 1 and "set training.offload_optimizer: true and use" in str(result["advice"])
-    config = str(repository / "configs" / "fluid-166m.yaml")
+    config = str(repository / "configs" / "fluid-166m.yaml")  # its blocks are compiled, which stage 3 refuses
+    code, result = run("--gpus", "8", "--set", "training.micro_batch_size=2048", "training.batch_size=16384")
+    assert code == 1 and "set training.zero_stage: 3, training.compile: false" in str(result["advice"])
     code, rows = run("--gpus", "8", "--set", "training.micro_batch_size=8", "--what-if")
     assert code == 0 and isinstance(rows, list) and len(rows) == 14
     memory = {tuple(list(row.values())[:3]): row["memory_gib"] for row in rows}
