@@ -25,9 +25,10 @@ from fluid_core.config import PRESETS, ModelConfig
 from fluid_core.diffusion.solvers import solve
 from fluid_core.generation.engine import GenerationRequest, decode_step, start_batch
 from fluid_core.model.draws import draw_training
-from fluid_core.model.fluid import FluidModel, compile_blocks
+from fluid_core.model.fluid import FluidModel
 from fluid_core.planning import forward_flops, peak_flops
 from fluid_core.random import sample_keys
+from fluid_core.training.engine import compile_blocks
 
 Row = dict[str, Any]
 

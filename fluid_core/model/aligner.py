@@ -32,9 +32,9 @@ class TextAligner(nn.Module):
         self.blocks = nn.ModuleList(AlignerBlock(width, heads) for _ in range(blocks))
         self.norm = LayerNorm(width)
 
-    def forward(self, text_BLE: Tensor, mask_BL: Tensor) -> tuple[Tensor, Packing]:
+    def forward(self, text_BLE: Tensor, mask_BL: Tensor, ragged: bool = False) -> tuple[Tensor, Packing]:
         """The aligned text's valid places (T, D), and where they are. Padding (mask False) is not computed."""
-        packing = Packing(mask_BL)
+        packing = Packing(mask_BL, ragged)
         text_TE = packing.pack(text_BLE).to(self.project.weight.dtype)
         L = text_BLE.shape[1]
         x_TD = self.project(text_TE) + self.positions(L)[packing.places_T % L]

@@ -80,8 +80,11 @@ class FluidModel(nn.Module):
         """
         grid = self._check(tokens, text_BLE, text_mask_BL, null_text_LE, draws, grid)
         text_BLE, text_mask_BL = drop_captions(text_BLE, text_mask_BL, null_text_LE, draws.drop_text_B)
-        text = self.trunk.text_keys_values(*self.aligner(text_BLE, text_mask_BL))
-        z_BND = self.trunk(tokens, draws.mask_BN, grid, text, padding_bias(text_mask_BL))
+        # Flash attention wants half precision and heads of a multiple of eight channels.
+        ragged = text_BLE.is_cuda and torch.is_autocast_enabled("cuda") and self.config.width // self.config.heads % 8 == 0
+        text_TD, packing = self.aligner(text_BLE, text_mask_BL, ragged)
+        text = self.trunk.text_keys_values(text_TD, packing)
+        z_BND = self.trunk(tokens, draws.mask_BN, grid, text, packing if ragged else padding_bias(text_mask_BL))
         z_KD = z_BND.flatten(0, 1)[draws.rows_K]
         target = tokens.flatten(0, 1)[draws.rows_K]
         loss_RK = (
@@ -142,14 +145,6 @@ def drop_captions(text_BLE: Tensor, mask_BL: Tensor, null_LE: Tensor, drop_B: Te
     padded_LE = F.pad(null_LE.to(text_BLE.dtype), (0, 0, 0, text_BLE.shape[1] - length))
     valid_L = torch.arange(text_BLE.shape[1], device=mask_BL.device) < length
     return torch.where(drop_B[:, None, None], padded_LE, text_BLE), torch.where(drop_B[:, None], valid_L, mask_BL)
-
-
-def compile_blocks(model: Any) -> None:
-    """torch.compile of what computes. Block by block: all blocks of a kind share one compilation."""
-    for part in (*model.aligner.blocks, *model.trunk.blocks, model.head):
-        part.compile()
-    for block in model.trunk.blocks:
-        block.cross.keys_values = torch.compile(block.cross.keys_values)
 
 
 def hidden_matrices(model: nn.Module) -> list[tuple[str, nn.Parameter]]:

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.nn.attention.varlen import varlen_attn
 
 _EXPLICIT_MAX_KEYS = {torch.float32: 64, torch.bfloat16: 256}
 """Up to this many keys plain matmuls beat the fused kernel on CPU, or do as well (`python -m benchmarks.run model`)."""
@@ -56,11 +57,14 @@ def padding_bias(mask_BL: Tensor) -> Tensor:
 class Packing:
     """Which places of a padded text (B, L) are valid, in one row (T): what is computed place by place skips the padding.
 
-    A batch is padded to its longest caption, and most captions are much shorter.
+    A batch is padded to its longest caption, and most captions are much shorter. With `ragged` attention takes the rows as they
+    are, each of its own length, by a kernel that is there for GPUs and half precision alone; without, padded again, with a bias.
     """
 
-    def __init__(self, mask_BL: Tensor):
+    def __init__(self, mask_BL: Tensor, ragged: bool = False):
         self.shape = mask_BL.shape
+        self.ragged = ragged
+        self.starts = F.pad(mask_BL.sum(1).cumsum(0), (1, 0)).int()  # (B + 1)
         if isinstance(mask_BL, FakeTensor):  # the planner counts shapes, without values: all places are taken as valid
             self.places_T = torch.arange(mask_BL.numel(), device=mask_BL.device)
         else:
@@ -74,6 +78,16 @@ class Packing:
         """(B, L, D) with zeros in the padding."""
         B, L = self.shape
         return x_TD.new_zeros(B * L, x_TD.shape[1]).index_copy(0, self.places_T, x_TD).view(B, L, -1)
+
+    def attend(self, q_SHd: Tensor, k_THd: Tensor, v_THd: Tensor, queries: int | None = None) -> Tensor:
+        """Ragged attention of each text's queries to its own places: (S, H, d). `queries` of each text, or its places (S = T)."""
+        B, L = self.shape
+        starts = self.starts
+        if queries is not None:
+            starts = torch.arange(0, B * queries + 1, queries, device=starts.device, dtype=torch.int32)
+        out = varlen_attn(q_SHd, k_THd, v_THd, starts, self.starts, L if queries is None else queries, L)
+        assert isinstance(out, Tensor)  # and not with its statistics, which must be asked for
+        return out
 
 
 def causal_bias(num_tokens: int, device: torch.device) -> Tensor:
@@ -117,6 +131,9 @@ class SelfAttention(nn.Module):
         packing: Packing | None = None,
     ) -> Tensor:
         """(B, N, D); with `places_BP` only the outputs of those places, (B, P, D). With `packing` (T, D) to (T, D)."""
+        if packing is not None and packing.ragged:
+            q, k, v = self.qkv(x_BND).view(len(x_BND), 3, self.heads, -1).unbind(1)
+            return self.out(packing.attend(unit_norm(q) * self.gain.to(q.dtype), unit_norm(k), v).flatten(1))
         qkv = self.qkv(x_BND) if packing is None else packing.unpack(self.qkv(x_BND))
         B, N = qkv.shape[:2]
         D = x_BND.shape[-1]
@@ -143,17 +160,23 @@ class CrossAttention(nn.Module):
         self.out = Linear(width, width)
 
     def keys_values(self, text_TD: Tensor, packing: Packing) -> tuple[Tensor, Tensor]:
-        """Of the text's valid places (T, D): keys and values, each (B, H, L, d)."""
+        """Of the text's valid places (T, D): keys and values, each (B, H, L, d); of a ragged packing each (T, H, d)."""
+        if packing.ragged:
+            k, v = self.kv(text_TD).view(len(text_TD), 2, self.heads, -1).unbind(1)
+            return unit_norm(k), v
         B, L = packing.shape
         kv_BLD = packing.unpack(self.kv(text_TD))
         k, v = kv_BLD.view(B, L, 2, self.heads, -1).unbind(2)
         return unit_norm(k).transpose(1, 2), v.transpose(1, 2)
 
-    def forward(self, x_BND: Tensor, keys_values: tuple[Tensor, Tensor], bias: Tensor | None) -> Tensor:
+    def forward(self, x_BND: Tensor, keys_values: tuple[Tensor, Tensor], hidden: Tensor | Packing | None) -> Tensor:
+        """(B, N, D). `hidden`: the bias that hides the padding, or the ragged packing that has none."""
         B, N, D = x_BND.shape
         q = self.q(x_BND).view(B, N, self.heads, D // self.heads)
-        q = (unit_norm(q) * self.gain.to(q.dtype)).transpose(1, 2)
-        out = attend(q, *keys_values, bias)
+        q = unit_norm(q) * self.gain.to(q.dtype)
+        if isinstance(hidden, Packing):
+            return self.out(hidden.attend(q.flatten(0, 1), *keys_values, queries=N).view(B, N, D))
+        out = attend(q.transpose(1, 2), *keys_values, hidden)
         return self.out(out.transpose(1, 2).reshape(B, N, D))
 
 

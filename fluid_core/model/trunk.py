@@ -16,7 +16,7 @@ from fluid_core.model.layers import MLP, Cache, CrossAttention, LayerNorm, Packi
 from fluid_core.model.positions import GridPositions
 
 TextKeysValues = list[tuple[Tensor, Tensor]]
-"""For each block the text's keys and values, each (B, H, L, d)."""
+"""For each block the text's keys and values, each (B, H, L, d), or of a ragged packing (T, H, d)."""
 
 
 class TrunkBlock(nn.Module):
@@ -32,7 +32,7 @@ class TrunkBlock(nn.Module):
         self,
         x_BND: Tensor,
         text: tuple[Tensor, Tensor],
-        text_bias: Tensor | None,
+        text_hidden: Tensor | Packing | None,
         self_bias: Tensor | None,
         cache: Cache | None = None,
         places_BP: Tensor | None = None,
@@ -40,7 +40,7 @@ class TrunkBlock(nn.Module):
         """(B, N, D); with `places_BP` only those places, (B, P, D): the last block need not finish what nobody reads."""
         attended = self.attention(self.norm1(x_BND), self_bias, cache, places_BP)
         x_BND = attended + (x_BND if places_BP is None else x_BND.take_along_dim(places_BP[..., None], dim=1))
-        x_BND = x_BND + self.cross(self.norm2(x_BND), text, text_bias)
+        x_BND = x_BND + self.cross(self.norm2(x_BND), text, text_hidden)
         return x_BND + self.mlp(self.norm3(x_BND))
 
 
@@ -69,12 +69,13 @@ class Trunk(nn.Module):
         hidden_BN: Tensor,
         grid: tuple[int, int],
         text: TextKeysValues,
-        text_bias: Tensor | None,
+        text_hidden: Tensor | Packing | None,
         places_BP: Tensor | None = None,
     ) -> Tensor:
         """z (B, N, D) from token values (B, N, C) or codes (B, N); with `places_BP` only of those places, (B, P, D).
 
         `hidden_BN`: True for tokens that the trunk must not see; in raster order causality alone decides that.
+        `text_hidden`: the bias that hides the text's padding, or the ragged packing of the keys and values.
         """
         bias = None
         if self.causal:
@@ -84,13 +85,16 @@ class Trunk(nn.Module):
             bias = causal_bias(tokens.shape[1], tokens.device)
         x_BND = self.embed_tokens(tokens, hidden_BN) + self.positions(grid)
         x_BND = self.norm_in(x_BND)
+        if x_BND.is_cuda and torch.is_autocast_enabled("cuda"):
+            # The stream of residuals in half precision too: sums are few and norms compute in fp32. On CPU it buys nothing.
+            x_BND = x_BND.to(torch.get_autocast_dtype("cuda"))
         last = len(self.blocks) - 1
         for i, (block, keys_values) in enumerate(zip(self.blocks, text, strict=True)):
             places = places_BP if i == last else None
             if self.activation_checkpointing and torch.is_grad_enabled():
-                x_BND = checkpoint(block, x_BND, keys_values, text_bias, bias, None, places, use_reentrant=False)
+                x_BND = checkpoint(block, x_BND, keys_values, text_hidden, bias, None, places, use_reentrant=False)
             else:
-                x_BND = block(x_BND, keys_values, text_bias, bias, None, places)
+                x_BND = block(x_BND, keys_values, text_hidden, bias, None, places)
         positions = self.head_positions(grid)
         return self.norm_out(x_BND) + (positions if places_BP is None else positions[places_BP])
 

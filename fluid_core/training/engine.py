@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from fluid_core.config import ModelConfig, TrainingConfig
-from fluid_core.model.fluid import FluidModel, compile_blocks, hidden_matrices
+from fluid_core.model.fluid import FluidModel, hidden_matrices
 from fluid_core.planning import BUCKET, PERSISTENT_MODEL, PREFETCH, SUB_GROUP
 from fluid_core.precision import uses_bf16
 from fluid_core.training.optimizer import FluidOptimizer
@@ -109,6 +109,18 @@ def deepspeed_config(training: TrainingConfig, world_size: int, parameters: int,
 def accumulation_steps(training: TrainingConfig, world_size: int) -> int:
     """Micro-batches a worker runs for one optimizer step."""
     return max(1, training.batch_size // (world_size * training.micro_batch(world_size)))
+
+
+def compile_blocks(model: Any) -> None:
+    """torch.compile of what computes. Block by block: all blocks of a kind share one compilation.
+
+    Several launch shapes of every norm and sum are tried: the usual ones take up to twice the time for heads of 96 channels.
+    """
+    options: dict[str, Any] = {"max_autotune_pointwise": True}
+    for part in (*model.aligner.blocks, *model.trunk.blocks, model.head):
+        part.compile(options=options)
+    for block in model.trunk.blocks:
+        block.cross.keys_values = torch.compile(block.cross.keys_values, options=options)
 
 
 class Engine:

@@ -1,10 +1,13 @@
 """Attention, positions, and the independence from padding."""
 
 import math
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
 from tiny_fluid import TEXT_WIDTH, padded, texts, tiny_model
+from torch.nn.attention import varlen
 from torch.nn.functional import scaled_dot_product_attention
 
 from fluid_core.model import layers
@@ -133,3 +136,53 @@ def test_conditions_of_some_places_equal_those_of_all() -> None:
     some = model.trunk(tokens, hidden, (4, 4), pairs, bias, places)
     full = model.trunk(tokens, hidden, (4, 4), pairs, bias)
     assert torch.allclose(some, full.take_along_dim(places[..., None], dim=1), atol=1e-5)
+
+
+@pytest.fixture
+def ragged_attention_on_cpu() -> None:
+    """Flash attention over rows of different lengths has kernels for GPUs alone: here it gets slow ones, row by row."""
+
+    def rows(starts_q: torch.Tensor, starts_k: torch.Tensor) -> Iterator[tuple[slice, slice]]:
+        q, k = starts_q.tolist(), starts_k.tolist()
+        assert q[0] == k[0] == 0 and len(q) == len(k)
+        return zip(map(slice, q, q[1:]), map(slice, k, k[1:]), strict=False)
+
+    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return scaled_dot_product_attention(*(x.transpose(0, 1) for x in (q, k, v))).transpose(0, 1)
+
+    def forward(q: Any, k: Any, v: Any, starts_q: Any, starts_k: Any, longest_q: int, longest_k: int, *_: Any) -> Any:
+        assert max(starts_q.diff()) <= longest_q and max(starts_k.diff()) <= longest_k and starts_k[-1] == len(k)
+        out = torch.empty_like(q)
+        for a, b in rows(starts_q, starts_k):
+            out[a] = attend(q[a], k[b], v[b])
+        return out, torch.empty(q.shape[1], len(q)), torch.zeros(2, dtype=torch.uint64)
+
+    def backward(grad: Any, q: Any, k: Any, v: Any, _out: Any, _lse: Any, starts_q: Any, starts_k: Any, *_: Any) -> Any:
+        grads = [torch.empty_like(x) for x in (q, k, v)]
+        for a, b in rows(starts_q, starts_k):
+            _, pull = torch.func.vjp(attend, q[a], k[b], v[b])
+            grads[0][a], grads[1][b], grads[2][b] = pull(grad[a])
+        return tuple(grads)
+
+    varlen._varlen_attn.register_kernel("cpu")(forward)
+    varlen._varlen_attn_backward.register_kernel("cpu")(backward)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_ragged_rows_give_what_padded_rows_give(checkpointing: bool, ragged_attention_on_cpu: None) -> None:
+    """What a GPU trains with: the aligner and the attention to the text take every caption at its own length."""
+    model = tiny_model()
+    model.trunk.activation_checkpointing = checkpointing
+    text, mask = padded(texts(3), length=12)
+    tokens, hidden = torch.randn(3, 16, 16), torch.rand(3, 16) < 0.5
+
+    def run(ragged: bool) -> list[torch.Tensor]:
+        model.zero_grad()
+        text_TD, packing = model.aligner(text, mask, ragged)
+        pairs = model.trunk.text_keys_values(text_TD, packing)
+        z = model.trunk(tokens, hidden, (4, 4), pairs, packing if ragged else padding_bias(mask))
+        (z * z.detach().cos()).sum().backward()
+        return [z.detach(), *(p.grad.clone() for part in (model.aligner, model.trunk) for p in part.parameters())]
+
+    for ragged, expected in zip(run(True), run(False), strict=True):
+        torch.testing.assert_close(ragged, expected, atol=1e-4, rtol=1e-4)

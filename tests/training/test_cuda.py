@@ -15,6 +15,7 @@ from fluid_core.model.fluid import FluidModel
 from fluid_core.random import sample_keys
 from fluid_core.training import loop
 from fluid_core.training.checkpoint import latest_complete, list_checkpoints, load_ema_state
+from fluid_core.training.engine import compile_blocks
 from fluid_core.training.metrics import read_metrics
 from fluid_core.training.run import run_worker
 
@@ -26,7 +27,7 @@ VARIANTS: list[dict[str, Any]] = [
 ]  # fmt: skip
 
 
-def _loss(model: FluidModel, device: str) -> tuple[float, dict[str, torch.Tensor]]:
+def _loss(model: FluidModel, device: str, seed: int = 0) -> tuple[float, dict[str, torch.Tensor]]:
     """Loss and gradients of a batch of four."""
     config, B = model.config, 4
     generator = torch.Generator().manual_seed(1)
@@ -34,7 +35,7 @@ def _loss(model: FluidModel, device: str) -> tuple[float, dict[str, torch.Tensor
     tokens = torch.randn(shape, generator=generator)
     if config.tokens == "discrete":
         tokens = torch.randint(config.codebook_size, shape, generator=generator)
-    text, mask = padded(texts(B))
+    text, mask = padded(texts(B, seed))
     draws = draw_training(config, sample_keys(0, torch.arange(B)), config.num_tokens)
     model = model.to(device)
     out = model(tokens.to(device), text.to(device), mask.to(device), texts(1, 9)[0].to(device), draws.to(device))
@@ -55,6 +56,23 @@ def test_a_training_step_is_that_of_the_cpu(settings: dict[str, Any]) -> None:
     assert found.keys() == gradients.keys()
     for name, gradient in gradients.items():
         torch.testing.assert_close(found[name], gradient, atol=1e-4, rtol=1e-3, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_in_bf16_gradients_point_where_those_of_the_cpu_do(compiled: bool) -> None:
+    """A stream of residuals in bf16, and captions each of its own length (the second and third batch: other lengths)."""
+    low, model = tiny_model(), tiny_model()
+    if compiled:
+        compile_blocks(low)
+    for seed in range(3):
+        _, expected = _loss(model, "cpu", seed)
+        with torch.autocast("cuda", torch.bfloat16):
+            _, found = _loss(low, "cuda", seed)
+        assert found.keys() == expected.keys()
+        for name, gradient in expected.items():
+            a, b = found[name].flatten().double(), gradient.flatten().double()
+            if b.norm() > 1e-4:
+                assert torch.cosine_similarity(a, b, dim=0) > 0.98, name
 
 
 def test_the_eps_head_computes_in_fp32_under_autocast() -> None:
