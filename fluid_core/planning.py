@@ -116,15 +116,16 @@ def activation_bytes(model: ModelConfig, training: TrainingConfig, micro_batch: 
     are counted in the other stages. `training.compile` keeps less: this is what is kept without it.
     """
     bf16 = training.precision != "fp32"
-    per_image, copies = _kept(model.model_dump_json(), training.activation_checkpointing, bf16)
+    per_image, copies = _kept(model.model_dump_json(), training.activation_checkpointing, bf16, training.compile)
     if training.activation_checkpointing:  # one block is recomputed at a time
-        one, none = (_kept(model.model_copy(update={"blocks": blocks}).model_dump_json(), False, bf16) for blocks in (1, 0))
+        shallow = (model.model_copy(update={"blocks": blocks}).model_dump_json() for blocks in (1, 0))
+        one, none = (_kept(variant, False, bf16, training.compile) for variant in shallow)
         per_image, copies = per_image + one[0] - none[0], copies + one[1] - none[1]
     return int(per_image * micro_batch + (copies if training.zero_stage < 3 else 0))
 
 
 @functools.lru_cache(maxsize=64)
-def _kept(model_json: str, checkpointing: bool, bf16: bool) -> tuple[float, int]:
+def _kept(model_json: str, checkpointing: bool, bf16: bool, compiled: bool) -> tuple[float, int]:
     """Bytes that autograd keeps: (of an image's activations, of the weights' bf16 copies)."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -143,7 +144,7 @@ def _kept(model_json: str, checkpointing: bool, bf16: bool) -> tuple[float, int]
 
     with FakeTensorMode():
         built = FluidModel(model)
-        built.trunk.activation_checkpointing = checkpointing
+        built.trunk.activation_checkpointing, built.trunk.half_residuals = checkpointing, compiled
         weights = {p.untyped_storage()._cdata for p in built.parameters()}
         shapes = {tuple(p.shape) for p in built.parameters() if p.ndim == 2}
         shapes |= {shape[::-1] for shape in shapes}

@@ -51,6 +51,7 @@ class Trunk(nn.Module):
         super().__init__()
         self.causal = causal
         self.activation_checkpointing = False
+        self.half_residuals = False  # under autocast; norms still compute in fp32
         self.embed = embed  # token values (..., C) or codes (...) to (..., D)
         self.placeholder = nn.Parameter(0.02 * torch.randn(width))  # the mask token, or in raster order the start token
         self.positions = GridPositions(grid, width)
@@ -85,9 +86,8 @@ class Trunk(nn.Module):
             bias = causal_bias(tokens.shape[1], tokens.device)
         x_BND = self.embed_tokens(tokens, hidden_BN) + self.positions(grid)
         x_BND = self.norm_in(x_BND)
-        if x_BND.is_cuda and torch.is_autocast_enabled("cuda"):
-            # The stream of residuals in half precision too: sums are few and norms compute in fp32. On CPU it buys nothing.
-            x_BND = x_BND.to(torch.get_autocast_dtype("cuda"))
+        if self.half_residuals and torch.is_autocast_enabled(x_BND.device.type):
+            x_BND = x_BND.to(torch.get_autocast_dtype(x_BND.device.type))
         last = len(self.blocks) - 1
         for i, (block, keys_values) in enumerate(zip(self.blocks, text, strict=True)):
             places = places_BP if i == last else None

@@ -186,3 +186,23 @@ def test_ragged_rows_give_what_padded_rows_give(checkpointing: bool, ragged_atte
 
     for ragged, expected in zip(run(True), run(False), strict=True):
         torch.testing.assert_close(ragged, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_compiled_trunks_keep_residuals_in_half_precision() -> None:
+    """What compile_blocks sets: under autocast the stream is bf16, and what it costs in exactness is bf16's own error."""
+    model, (text, mask) = tiny_model(), padded(texts(3))
+    tokens, hidden = torch.randn(3, 16, 16), torch.rand(3, 16) < 0.5
+    seen: list[torch.dtype] = []
+    model.trunk.blocks[1].register_forward_pre_hook(lambda _module, inputs: seen.append(inputs[0].dtype))
+
+    def run() -> torch.Tensor:
+        pairs = model.trunk.text_keys_values(*model.aligner(text, mask))
+        return model.trunk(tokens, hidden, (4, 4), pairs, padding_bias(mask)).detach()
+
+    exact = run()
+    with torch.autocast("cpu", torch.bfloat16):
+        usual = run()
+        model.trunk.half_residuals = True
+        half = run()
+    assert seen == [torch.float32, torch.float32, torch.bfloat16]
+    assert (half - exact).std() < 3 * (usual - exact).std() < 0.1 * exact.std()
