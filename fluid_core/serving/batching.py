@@ -4,8 +4,9 @@ One thread owns the model. Every turn it admits waiting images into free places,
 of images that can share it (same grid, head steps and solver; seeds, step counts, guidance and age may differ), decodes the
 images that are finished, and drops those whose client went away or whose deadline has passed.
 
-Images of one age cost least: their text is aligned and their latents are decoded together. So in a batch that is nearly full
-a free place waits up to two steps for others; under load the images fall into a few groups this way, and stay in them.
+Images of one age cost least: their text is aligned and their latents are decoded together. So while images wait for
+every free place, those places wait for others that will be free within two steps; under load the images fall into one group
+or a few this way, and stay in them.
 
 An image is the same alone or in company: the engine's draws depend on (seed, token, step) alone.
 """
@@ -29,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 
 PATIENCE = 2
-"""Steps that a free place of a nearly full batch waits for others."""
+"""Steps that free places wait for others."""
 
 
 class Expired(Exception):
@@ -169,7 +170,7 @@ class ContinuousBatcher:
         from fluid_core.generation.engine import check_request
 
         free = self.max_batch_size - len(self._running)
-        if 0 < free < self.max_batch_size / 4 and self._waited < PATIENCE:
+        if free > 0 and self._worth_waiting(free):
             self._waited += 1
             return
         self._waited = 0
@@ -195,6 +196,11 @@ class ContinuousBatcher:
             self._starting.extend((job, index, request) for index, request in enumerate(requests))
         for items in chosen.values():
             self._start(items)
+
+    def _worth_waiting(self, free: int) -> bool:
+        waiting, _ = self.depth()
+        patience = PATIENCE - self._waited
+        return waiting >= free and any(len(r.slot.counts) - r.slot.step <= patience for r in self._running)
 
     def _start(self, items: list[tuple[Job, int, "GenerationRequest"]]) -> None:
         from fluid_core.generation.engine import start_batch

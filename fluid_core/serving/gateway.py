@@ -177,10 +177,11 @@ def create_app(recipe: Recipe, generator: Any) -> FastAPI:
     return app
 
 
-def client_of(
+async def client_of(
     request: Request, _: Annotated[HTTPAuthorizationCredentials | None, Depends(HTTPBearer(auto_error=False))]
 ) -> str:
-    """The caller's name, which the Guard has checked. A FastAPI dependency; HTTPBearer is there for the OpenAPI document."""
+    """The caller's name, which the Guard has checked. A FastAPI dependency (async: others go through a pool of threads);
+    HTTPBearer is there for the OpenAPI document."""
     return request.scope["fluid.client"]
 
 
