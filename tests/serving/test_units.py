@@ -8,17 +8,21 @@ from typing import Any
 
 import pytest
 from PIL import Image
+from serving_support import small_recipe
+from tiny_fluid import tiny_pipeline
 
 from fluid_core.config import ServingConfig
 from fluid_core.data.storage import open_storage
 from fluid_core.serving import keys
 from fluid_core.serving.batch_rows import LineError, parse_body, parse_envelope
 from fluid_core.serving.errors import ApiError
+from fluid_core.serving.generator import Generator
 from fluid_core.serving.http import ARRIVING, BodyLimit
 from fluid_core.serving.keys import Authenticator, RateLimiter, load_keys, new_key
 from fluid_core.serving.ledger import JobLedger, plan_lines, read_chunk
 from fluid_core.serving.provenance import png_bytes, read_provenance
 from fluid_core.serving.safety import BlockList, load_safety_hook
+from fluid_core.serving.tasks import ImageTask
 
 
 def test_keys_are_kept_as_hashes(tmp_path: Path) -> None:
@@ -157,3 +161,26 @@ def test_uploads_that_arrive_are_bounded() -> None:
         assert statuses[1:] == [200] * (ARRIVING + 1) and limited.arriving == 0
 
     asyncio.run(run())
+
+
+class RefusesSecondImages(BlockList):
+    """A hook of a deployment's own: it sees finished images, and lets one pass."""
+
+    seen = 0
+
+    def check_image(self, image: Image.Image, prompt: str, user: str | None) -> str | None:
+        RefusesSecondImages.seen += 1
+        assert image.size == (32, 32) and (prompt, user) == ("a red circle", "ann")
+        return "not this one" if RefusesSecondImages.seen == 2 else None
+
+
+def test_an_image_that_the_hook_refuses_is_not_sent(tmp_path: Path) -> None:
+    tiny_pipeline(tmp_path / "made").save_pretrained(tmp_path / "bundle")
+    hook = f"{__name__}:RefusesSecondImages"
+    recipe = small_recipe(tmp_path, model=str(tmp_path / "bundle"), safety_hook=hook)
+    events = asyncio.run(
+        Generator(recipe.model_dump(mode="json")).generate(ImageTask("a red circle", 3, seed=0, user="ann"), 60.0)
+    )
+    assert [event.kind for event in events] == ["started", "image", "error"]
+    assert events[-1].details is not None and events[-1].details["code"] == "content_policy_violation"
+    assert events[-1].details["status"] == 400 and "not this one" in events[-1].details["message"]
