@@ -32,7 +32,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 BATCH = 16
 ROUNDS = 3
 ALONE = 15
-PRESETS: dict[str, dict[str, Any]] = {  # the demo's model is narrower than fluid-tiny
+MODELS: dict[str, dict[str, Any]] = {  # what changes in the demo's recipe
     "the demo's model": {},
     "fluid-166m": {"preset": "fluid-166m", "width": 0, "aligner_blocks": 0, "grid": 8},
 }
@@ -48,7 +48,7 @@ def rows() -> list[Row]:
 
     torch.set_num_threads(1)
     found: list[Row] = []
-    for name, model in PRESETS.items():
+    for name, model in MODELS.items():
         batch = BATCH if not model else BATCH // 4
         with tempfile.TemporaryDirectory(prefix="fluid-bench-") as folder, ray_session(num_cpus=4):
             recipe = _recipe(Path(folder), model, batch)

@@ -64,7 +64,7 @@ class Packing:
     def __init__(self, mask_BL: Tensor, ragged: bool = False):
         self.shape = mask_BL.shape
         self.ragged = ragged
-        self.starts = F.pad(mask_BL.sum(1).cumsum(0), (1, 0)).int()  # (B + 1)
+        self.starts = F.pad(mask_BL.sum(1).cumsum(0), (1, 0)).int()  # (B + 1), each text's first place in the row
         if isinstance(mask_BL, FakeTensor):  # the planner counts shapes, without values: all places are taken as valid
             self.places_T = torch.arange(mask_BL.numel(), device=mask_BL.device)
         else:

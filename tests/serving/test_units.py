@@ -175,6 +175,7 @@ class RefusesSecondImages(BlockList):
 
 
 def test_an_image_that_the_hook_refuses_is_not_sent(tmp_path: Path) -> None:
+    RefusesSecondImages.seen = 0
     tiny_pipeline(tmp_path / "made").save_pretrained(tmp_path / "bundle")
     hook = f"{__name__}:RefusesSecondImages"
     recipe = small_recipe(tmp_path, model=str(tmp_path / "bundle"), safety_hook=hook)
