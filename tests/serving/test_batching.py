@@ -127,14 +127,16 @@ def test_under_load_images_fall_into_step(pipeline: FluidPipeline) -> None:
     batcher.close()
 
 
-@pytest.mark.parametrize("waiting,starts", [(7, [1, 4, 3]), (2, [1, 2])])
+@pytest.mark.parametrize("waiting,starts", [(7, [(1, 0), (4, 4), (3, 8)]), (2, [(1, 0), (2, 2)])])
 def test_free_places_wait_for_others_only_under_load(
-    waiting: int, starts: list[int], pipeline: FluidPipeline, monkeypatch: pytest.MonkeyPatch
+    waiting: int, starts: list[tuple[int, int]], pipeline: FluidPipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One image has two of four steps to go. When seven come, the three free places wait for its place; two join at once."""
+    """One image has two of four steps to go. When seven come, the three free places wait for its place; two join at once.
+
+    `starts`: (images that start together, steps made before)."""
     batcher, started = ContinuousBatcher(pipeline, max_batch_size=4), []
     plain = batcher._start
-    monkeypatch.setattr(batcher, "_start", lambda items: (started.append(len(items)), plain(items)))
+    monkeypatch.setattr(batcher, "_start", lambda items: (started.append((len(items), batcher.steps)), plain(items)))
     others = [Client(pipeline, ["a blue circle"], seed=i, num_steps=4) for i in range(waiting)]
     first = Client(pipeline, ["a red circle"], num_steps=4, partial_images=1)
     report = first.job.on_partial
