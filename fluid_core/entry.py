@@ -114,6 +114,8 @@ def _start_local_ray(**options: Any) -> None:
     """`ray.init`, again when the machine was too busy for the 30 s that Ray gives its own processes to start."""
     import ray
 
+    # Serve kills an HTTP proxy that takes longer than 5 s to start and gives up: a busy laptop takes longer.
+    os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "60")
     for attempt in range(3):
         try:
             ray.init(address="local", **options)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ray import serve
+from ray.exceptions import RayActorError
 from ray.serve.handle import DeploymentHandle
 
 from fluid_core.config import Recipe, load_recipe
@@ -101,10 +102,17 @@ def serving(recipe: Recipe) -> Iterator[tuple[str, ModelRef]]:
     ref = check(recipe)
     port = free_port(config.host, config.port)
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
-    serve.start(
-        http_options={"host": config.host, "port": port},
-        logging_config={"log_level": "WARNING", "enable_access_log": False},
-    )
+    try:
+        serve.start(
+            http_options={"host": config.host, "port": port},
+            logging_config={"log_level": "WARNING", "enable_access_log": False},
+        )
+    except (RayActorError, TimeoutError):
+        serve.shutdown()
+        raise ConnectionError(
+            "Ray Serve's HTTP proxy did not start in time: the machine is too busy, or the cluster was started without "
+            "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S=60"
+        ) from None
     try:
         host = "127.0.0.1" if config.host in ("0.0.0.0", "::") else config.host
         url = f"http://{host}:{port}"
@@ -166,11 +174,19 @@ def wait_ready(url: str, seconds: float) -> None:
             with urllib.request.urlopen(f"{url}/readyz", timeout=5):
                 return
         except urllib.error.HTTPError as error:
-            reason = json.loads(error.read() or b"{}").get("error", {}).get("message", str(error))
-        except (OSError, ValueError) as error:
+            reason = _reason(error.read().decode(errors="replace")) or str(error)
+        except OSError as error:
             reason = str(error)
         time.sleep(0.2)
     raise ConnectionError(f"the server at {url} is not ready after {seconds:g} s: {reason}")
+
+
+def _reason(body: str) -> str:
+    """The message of an error of ours, or the text that Ray Serve's proxy answers before it knows the gateway."""
+    try:
+        return str(json.loads(body)["error"]["message"])
+    except (ValueError, KeyError, TypeError):
+        return body.strip()
 
 
 def deployment_messages() -> str:

@@ -12,6 +12,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ import pytest
 from serving_support import Server, metric, request, small_recipe
 
 from fluid_core.config import Recipe
-from fluid_core.serving.app import check, free_port
+from fluid_core.serving.app import check, free_port, wait_ready
 from fluid_core.serving.keys import new_key
 
 
@@ -49,6 +50,34 @@ def test_a_port_in_use_is_told() -> None:
         with pytest.raises(ValueError, match="another --port"):
             free_port("127.0.0.1", taken.getsockname()[1])
     assert free_port("127.0.0.1", 0) > 0
+
+
+def test_waiting_outlives_what_the_proxy_says_before_it_knows_the_gateway() -> None:
+    """Ray Serve's proxy answers plain text until it has the route of the gateway: no reason to give up, and told at the end."""
+    answers = [(503, b"no route yet"), (500, b""), (503, b'{"error": {"message": "making an image"}}'), (200, b"{}")]
+
+    class Proxy(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            status, body = answers.pop(0) if len(answers) > 1 else answers[0]
+            self.send_response(status)
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Proxy) as proxy:
+        threading.Thread(target=proxy.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{proxy.server_port}"
+        wait_ready(url, 30.0)
+        for body, reason in (
+            (b"no route yet", "no route yet"),
+            (b'{"error": {"message": "making an image"}}', "making an image$"),
+        ):
+            answers[:] = [(503, body)]
+            with pytest.raises(ConnectionError, match=f"not ready after 0.1 s: {reason}"):
+                wait_ready(url, 0.1)
+        proxy.shutdown()
 
 
 def test_a_cluster_that_serves_already_is_left_alone(server: Server) -> None:
@@ -81,14 +110,16 @@ def test_from_ready_to_ctrl_c(server: Server, repository: Path, tmp_path: Path) 
     port = free_port("127.0.0.1", 0)
     url = f"http://127.0.0.1:{port}"
     script = [sys.executable, str(repository / "pipelines/serve.py"), "--config", str(tmp_path / "recipe.yaml")]
-    process = subprocess.Popen(
-        [*script, "--port", str(port)],
-        env={name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-        start_new_session=True,  # a group of its own, as a shell gives it: Ctrl-C reaches the script and its children
-    )
+    errors = tmp_path / "stderr"
+    with errors.open("w") as stderr:
+        process = subprocess.Popen(
+            [*script, "--port", str(port)],
+            env={name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"},
+            stdout=subprocess.PIPE,
+            stderr=stderr,
+            text=True,
+            start_new_session=True,  # a group of its own, as a shell gives it: Ctrl-C reaches the script and its children
+        )
     try:
         early: list[float] = []
 
@@ -103,7 +134,7 @@ def test_from_ready_to_ctrl_c(server: Server, repository: Path, tmp_path: Path) 
         assert process.stdout is not None
         said = process.stdout.readline()
         watching.join()
-        assert said.startswith(f"Fluid serves bundle at {url}") and early == [1.0], (said, early)
+        assert said.startswith(f"Fluid serves bundle at {url}") and early == [1.0], (said, early, errors.read_text())
 
         statuses, refused = [], b""
         while not refused and len(statuses) < 60:  # one more is allowed every three seconds, and they take their time
