@@ -16,9 +16,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from transformers import T5Config, T5EncoderModel
 
 from benchmarks import reference_model as reference
 from fluid_core.config import ModelConfig
+from fluid_core.encoders.text import DTYPES, TextEncoder
 from fluid_core.generation.engine import DecodeSlot, GenerationRequest, decode_step, start_batch
 from fluid_core.model.draws import draw_training
 from fluid_core.model.fluid import FluidModel
@@ -74,6 +76,7 @@ def rows() -> list[Row]:
     for case in CASES:
         for precision in precisions:
             result.append(_training(case, precision))
+            result.append(_training(case, precision, _t5(case, precisions[-1])))
             result += _generation(case, precision)
     for case in CASES:
         result += _parts(case, precisions)
@@ -104,13 +107,24 @@ def _padded(states: list[torch.Tensor], length: int) -> tuple[torch.Tensor, torc
     return text, mask
 
 
-def _training(case: Case, precision: str) -> Row:
-    """Forward and backward of one batch; the reference pads captions to the text limit, ours to the batch's longest."""
+def _t5(case: Case, dtype: str) -> TextEncoder:
+    """A T5 of random weights, frozen."""
+    model = T5EncoderModel(T5Config(feed_forward_proj="gated-gelu", **case.t5))
+    return TextEncoder(model.to(DTYPES[dtype]), None, ModelConfig(preset=case.name, **case.settings).max_text_tokens)
+
+
+def _training(case: Case, precision: str, t5: TextEncoder | None = None) -> Row:
+    """Forward and backward of one batch; the reference pads captions to the text limit, ours to the batch's longest.
+
+    With `t5` the step encodes its captions (`text.mode: tokens`): ours caption by caption of one length, the reference padded.
+    """
     model = _model(case, precision)
     config, N = model.config, model.config.num_tokens
     captions, null = _captions(case, case.batch), torch.randn(1, config.text_width)
     short = -(-max(len(c) for c in captions) // 8) * 8
     ours_text, reference_text = _padded(captions, short), _padded(captions, config.max_text_tokens)
+    ids = [torch.randint(2, 32_000, (len(caption),)).tolist() for caption in captions]
+    padded_ids = torch.tensor([[*row, *[0] * (config.max_text_tokens - len(row))] for row in ids])
     tokens = torch.randn(case.batch, N, config.token_channels)
     keys = sample_keys(0, case.first_sample + torch.arange(case.batch))
     draws = draw_training(config, keys, N)
@@ -118,19 +132,25 @@ def _training(case: Case, precision: str) -> Row:
     losses: dict[str, float] = {}
 
     def ours() -> None:
+        text = ours_text if t5 is None else _padded(t5.encode_ids(ids), short)
         with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
-            out = model(tokens, *ours_text, null, draws)
+            out = model(tokens, *text, null, draws)
         _backward(model, out.loss_sum / out.count, losses, "ours")
 
     def plain() -> None:
+        text, mask = reference_text
+        if t5 is not None:
+            with torch.no_grad():
+                text = t5.model(input_ids=padded_ids, attention_mask=mask).last_hidden_state.float()
         with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
-            loss = reference.training_loss(model, tokens, *reference_text, null, draws, rows_BN.times_RK, rows_BN.noise_RKC)
+            loss = reference.training_loss(model, tokens, text, mask, null, draws, rows_BN.times_RK, rows_BN.noise_RKC)
         _backward(model, loss, losses, "reference")
 
     fast, slow = _interleaved(ours, plain, case.repeats)
-    tolerance = 1e-3 if precision == "fp32" else 3e-2
+    tolerance = 1e-3 if precision == "fp32" and t5 is None else 3e-2
     assert abs(losses["ours"] / losses["reference"] - 1) < tolerance, losses
-    return _row(f"training step, {case.name}, {precision}, batch {case.batch}", fast, slow, "s", 1.5)
+    what = "training step" if t5 is None else "training step with T5 in it"
+    return _row(f"{what}, {case.name}, {precision}, batch {case.batch}", fast, slow, "s", 1.5)
 
 
 def _backward(model: FluidModel, loss: torch.Tensor, losses: dict[str, float], name: str) -> None:
@@ -271,16 +291,14 @@ def _attention(tokens: int, precision: str) -> Row:
 def _encoders(case: Case) -> list[Row]:
     """The frozen encoders that generation adds: T5 on one caption and the VAE's decoder on one image, fp32."""
     from diffusers import AutoencoderKL
-    from transformers import T5Config, T5EncoderModel
 
     from fluid_core.encoders.image import ImageTokenizer
-    from fluid_core.encoders.text import TextEncoder
 
     levels, config = len(case.vae["block_out_channels"]), ModelConfig(preset=case.name, **case.settings)
     types = {"down_block_types": ("DownEncoderBlock2D",) * levels, "up_block_types": ("UpDecoderBlock2D",) * levels}
     vae = ImageTokenizer(AutoencoderKL(**case.vae, **types, latent_channels=config.latent_channels), "kl")
     latents = torch.randn(1, config.latent_channels, *(config.grid * config.patch,) * 2)
-    t5 = TextEncoder(T5EncoderModel(T5Config(feed_forward_proj="gated-gelu", **case.t5)), None, config.max_text_tokens)
+    t5 = _t5(case, "fp32")
     ids = [list(range(2, 2 + sum(case.caption_tokens) // 2))]
     parts: dict[str, Callable[[], Any]] = {
         f"VAE decode, {latents.shape[-1] * vae.stride} px": lambda: vae.decode(latents),
