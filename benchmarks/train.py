@@ -44,8 +44,12 @@ def step_rows(optimizer: str) -> list[dict[str, Any]]:
 def worker_rows() -> list[dict[str, Any]]:
     (one,) = _spawn(1, _steps_only)
     two = _spawn(2, _steps_only)
-    rate = 2 * BATCH / max(r["seconds"] for r in two)
-    return [_row("ZeRO-3 Muon, 2 workers / 1 worker, CPU time", rate, BATCH / one["seconds"], "images/s", ">= 1.7")]
+
+    def row(clock: str, target: str) -> dict[str, Any]:
+        rate = 2 * BATCH / max(r[clock] for r in two)
+        return _row(f"ZeRO-3 Muon, 2 workers / 1 worker, {clock} time", rate, BATCH / one[clock], "images/s", target)
+
+    return [row("CPU", ">= 1.7"), row("wall", "")]  # wall time has a core for each worker only where nothing else runs
 
 
 def loader_rows() -> list[dict[str, Any]]:
@@ -273,7 +277,7 @@ def _alternate(optimizer: str) -> dict[str, float]:
 
 
 def _steps_only() -> dict[str, float]:
-    """Median CPU seconds of a step with Muon: what a worker computes and copies, without its waiting for the other one."""
+    """Median seconds of a step with Muon: of CPU, which a worker computes and copies in, and of wall time, with its waiting."""
     import torch
 
     from fluid_core.training.engine import Engine
@@ -281,13 +285,14 @@ def _steps_only() -> dict[str, float]:
     model_config, training = _recipe("muon", torch.distributed.get_world_size())
     engine = Engine(model_config, training, seed=0)
     engine.set_learning_rate(1.0)
-    times = []
+    cpu, wall = [], []
     for step in range(WARM_UP + STEPS):
         batch = _batch(model_config, step)
-        started = time.process_time()
+        started = time.process_time(), time.monotonic()
         _engine_step(engine, batch)
-        times.append(time.process_time() - started)
-    return {"seconds": statistics.median(times[WARM_UP:])}
+        cpu.append(time.process_time() - started[0])
+        wall.append(time.monotonic() - started[1])
+    return {"CPU": statistics.median(cpu[WARM_UP:]), "wall": statistics.median(wall[WARM_UP:])}
 
 
 def _checkpoint_stall() -> dict[str, float]:

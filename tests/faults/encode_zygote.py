@@ -46,13 +46,17 @@ def main(data: str, folder: Path, seeds: int) -> None:
         output = folder / f"out{seed}"
         recipe = Recipe.model_validate(recipe_values(folder, [data], output))
         kills = 0
-        for _ in range(3):
-            pid = child(recipe)
-            # The measured run was the first and so the slowest; those that go on where one was killed are shorter, and meet
-            # their kill at the end of the work or after it.
-            time.sleep(rng.random() * 0.7 * duration)
-            os.kill(pid, signal.SIGKILL)
-            kills += os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
+        while not kills:
+            shutil.rmtree(output, ignore_errors=True)
+            for _ in range(3):
+                pid = child(recipe)
+                # The measured run was the first and so the slowest; those that go on where one was killed are shorter, and meet
+                # their kill at the end of the work or after it.
+                time.sleep(rng.random() * 0.7 * duration)
+                os.kill(pid, signal.SIGKILL)
+                kills += os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
+            if not kills:  # it was measured on a machine that was much busier then
+                duration *= 0.7
         finished = os.waitpid(child(recipe), 0)[1] == 0
         print(json.dumps({"seed": seed, "kills": kills, "same": finished and content(output) == expected}), flush=True)
         shutil.rmtree(output)

@@ -134,7 +134,7 @@ engine.PERSISTENT_MODEL = engine.PERSISTENT_PARAMETER = 0
 
 
 def test_adamw_killed_and_resumed_is_exact_to_the_bit(tmp_path: Path) -> None:
-    """The paper's optimizer alone: a run of six steps, and one whose rank 1 is killed in the fourth."""
+    """The paper's optimizer alone: a run of six steps, one whose rank 1 is killed in the fourth, and one at other world sizes."""
     whole = small_recipe(tmp_path, run_name="whole")
     run_workers(whole)
     recipe = small_recipe(tmp_path, run_name="killed")
@@ -143,6 +143,7 @@ def test_adamw_killed_and_resumed_is_exact_to_the_bit(tmp_path: Path) -> None:
     assert read_metrics(recipe.training_dir / "metrics.jsonl")[-1]["step"] == 3
     run_workers(recipe)
     _assert_identical(recipe, whole, {"master", "ema", "exp_avg", "exp_avg_sq"})
+    _resume_at_other_world_sizes(whole, tmp_path)
 
 
 def test_zero3_that_gathers_module_by_module(reference: Recipe, tmp_path: Path) -> None:
@@ -175,6 +176,10 @@ def _assert_identical(recipe: Recipe, reference: Recipe, kinds: set[str]) -> Non
 
 
 def test_resume_at_other_world_sizes(reference: Recipe, tmp_path: Path) -> None:
+    _resume_at_other_world_sizes(reference, tmp_path)
+
+
+def _resume_at_other_world_sizes(reference: Recipe, tmp_path: Path) -> None:
     """2 -> 1 -> 3 workers, from ZeRO-3 to 2, and to 3 with its optimizer offloaded, both in micro-batches: the same samples and
     losses within rounding.
 
