@@ -12,6 +12,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 
@@ -174,19 +175,21 @@ def wait_ready(url: str, seconds: float) -> None:
             with urllib.request.urlopen(f"{url}/readyz", timeout=5):
                 return
         except urllib.error.HTTPError as error:
-            reason = _reason(error.read().decode(errors="replace")) or str(error)
-        except OSError as error:
+            reason = _reason(error)
+        except (OSError, HTTPException) as error:
             reason = str(error)
         time.sleep(0.2)
     raise ConnectionError(f"the server at {url} is not ready after {seconds:g} s: {reason}")
 
 
-def _reason(body: str) -> str:
+def _reason(answer: urllib.error.HTTPError) -> str:
     """The message of an error of ours, or the text that Ray Serve's proxy answers before it knows the gateway."""
+    text = ""
     try:
-        return str(json.loads(body)["error"]["message"])
-    except (ValueError, KeyError, TypeError):
-        return body.strip()
+        text = answer.read().decode(errors="replace").strip()
+        return str(json.loads(text)["error"]["message"])
+    except (OSError, HTTPException, ValueError, KeyError, TypeError):  # broken off, or not ours
+        return text or str(answer)
 
 
 def deployment_messages() -> str:

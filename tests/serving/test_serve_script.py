@@ -60,6 +60,7 @@ def test_waiting_outlives_what_the_proxy_says_before_it_knows_the_gateway() -> N
         def do_GET(self) -> None:
             status, body = answers.pop(0) if len(answers) > 1 else answers[0]
             self.send_response(status)
+            self.send_header("Content-Length", str(len(body) or 9))  # the empty one breaks off
             self.end_headers()
             self.wfile.write(body)
 
