@@ -25,6 +25,11 @@ from fluid_core.workflow.preflight import check_machine
 ProgramError = (ValueError, FileNotFoundError, PermissionError, ConnectionError)
 """What a user can mend. Anything else is a defect of ours and keeps its traceback."""
 
+
+class WorkFailed(Exception):
+    """Work that disks, machines or the network ended, said in one line; nothing is wrong with what was asked for."""
+
+
 _GLIBC_KEEPS = {
     "MALLOC_ARENA_MAX": "1",
     "MALLOC_MMAP_THRESHOLD_": str(1 << 30),
@@ -91,12 +96,16 @@ def run_pipeline(
         if args.print_config:
             print(yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False), end="")
             sys.exit(0)
+        _leave_package(recipe)
         if not stages and not os.environ.get("RAY_ADDRESS"):  # the workflow looks by itself; in a cluster the work is elsewhere
             check_machine(recipe)
         sys.exit(main(recipe, args) or 0)
     except ProgramError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except WorkFailed as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
     except OSError as error:
         if error.errno != errno.ENOSPC:
             raise
@@ -108,6 +117,26 @@ def run_pipeline(
     except KeyboardInterrupt:
         print("interrupted; run the same command again to go on", file=sys.stderr)
         sys.exit(130)
+
+
+def _leave_package(recipe: Recipe) -> None:
+    """`ray job submit --working-dir` runs a job in a copy of the folder, which each node has for itself and Ray deletes: what a
+    recipe names by a relative path is not there, and must not be written there. It is under FLUID_HOME (infra/Dockerfile sets it).
+
+    Raises:
+        ValueError: in such a copy, with neither FLUID_HOME nor an absolute `runs_dir`.
+    """
+    if "/_ray_pkg_" not in os.getcwd():
+        return
+    home = os.environ.get("FLUID_HOME")
+    if home:
+        os.chdir(home)
+    elif not os.path.isabs(recipe.runs_dir):
+        raise ValueError(
+            f"runs_dir {recipe.runs_dir} would be inside of {os.getcwd()}, Ray's copy of the working directory, which every node has "
+            "for itself and Ray deletes: name a folder that all nodes share, --set runs_dir=/FOLDER/runs, or set FLUID_HOME=/FOLDER "
+            "on the nodes"
+        )
 
 
 def _start_local_ray(**options: Any) -> None:

@@ -45,9 +45,13 @@ def main(recipe: Recipe, args: argparse.Namespace) -> int:
     stage = Stage(recipe, "pretrain", config=[recipe.model, learned, weights, recipe.seed], inputs=hashes)
     if training.run_name and training.run_name != recipe.name:
         stage.path = recipe.training_dir / "stages" / "pretrain.json"
-    if stage.skip(args.force):
+    if not args.force and stage.complete():
+        stage.skip()
         return 0
-    result = pretrain(recipe, stage.fingerprint, resume=args.resume, fresh=args.force)
+    # The record of what is there stays until the run's name is ours: a start may be refused.
+    result = pretrain(
+        recipe, stage.fingerprint, resume=args.resume, fresh=args.force, begin=lambda: stage.path.unlink(missing_ok=True)
+    )
     if not is_driver():
         return 128 + result["stopped"] if result["stopped"] else 0
     if result["stopped"]:

@@ -63,6 +63,27 @@ def test_every_pipeline_looks_at_the_machine_first(
         assert error.startswith("error: ") and wanted in error and "\n" not in error, error
 
 
+def test_a_job_does_not_write_into_ray_s_copy_of_the_working_directory(
+    repository: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """`ray job submit --working-dir .` starts a script in a folder like this one."""
+    package, home = tmp_path / "_ray_pkg_0123456789abcdef", tmp_path / "home"
+    for folder in (package, home):
+        folder.mkdir()
+    monkeypatch.chdir(package)
+    monkeypatch.delenv("FLUID_HOME", raising=False)
+    script = repository / "pipelines" / "prepare_shapes.py"
+    arguments = ["--config", str(repository / "configs" / "tiny.yaml")]
+    assert call(script, arguments, monkeypatch) == 2
+    error = capsys.readouterr().err
+    assert "set FLUID_HOME=/FOLDER" in error and not list(package.iterdir())
+    monkeypatch.setenv("FLUID_HOME", str(home))
+    assert (
+        call(script, [*arguments, "--set", "data.shapes.train_scenes=8", "data.shapes.validation_scenes=4"], monkeypatch) == 0
+    )
+    assert (home / "runs").is_dir() and not list(package.iterdir())
+
+
 def test_print_config_shows_overrides(
     repository: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -38,8 +38,11 @@ from fluid_core.training.remote import RemoteCheckpoints, Uploader
 from fluid_core.training.sampling import Sampler
 from fluid_core.training.schedule import learning_rate_factor
 from fluid_core.training.validation import Validation
+from fluid_core.workflow.stage import write_json_atomic
 
 STOP_FILE = "stop"
+ROLLBACK_FILE = "rollback.json"
+"""The last roll-back: `step` it went back to, `samples` where training went on, `times` it went back to that step."""
 _LOCK_SECONDS = 60.0
 
 
@@ -86,6 +89,7 @@ class TrainingLoop:
                 data, self.loader.collator, self.training.validation_samples, self.slicing.micro, self.rank, self.world_size
             )
         self.step, self.position = 0, 0
+        self._final: dict[str, float] = {}
         self.loss = float("nan")
         self.bins = BinnedLoss()
         self.tracker: Tracker | None = None
@@ -158,9 +162,18 @@ class TrainingLoop:
 
     def _resume(self) -> None:
         found = self._newest()
-        if found is not None:
-            self._load(found)
-            self._saved = True
+        if found is None:
+            return
+        self._load(found)
+        self._saved = True
+        # Killed between a roll-back and the next checkpoint: the samples that were skipped stay skipped.
+        path = self.run_dir / ROLLBACK_FILE
+        rollback = [json.loads(path.read_text()) if self.rank == 0 and path.is_file() else None]
+        dist.broadcast_object_list(rollback, src=0)
+        if rollback[0] and rollback[0]["step"] == self.step:
+            self.position = rollback[0]["samples"]
+            self.health.strikes = 0
+            self._rolled_back_to, self._rollbacks = self.step, rollback[0]["times"]
 
     def _newest(self) -> Any:
         """The newest checkpoint to be trusted, or None. Rank 0 reads its checksums and tells the others, so that all load the same."""
@@ -176,13 +189,12 @@ class TrainingLoop:
                 f"{checkpoint.path} was trained on other data (manifest {state['datasets'][0][:12]}, now {hashes[0][:12]}): "
                 "an exact resume needs the same data set; give the run a new training.run_name"
             )
-        self.step, self.position = state["step"], state["samples"]
+        self.step, self.position, self._final = state["step"], state["samples"], state["metrics"]
         self.health.load(state["health"])
 
     # Steps.
 
     def _train(self) -> bool:
-        self._final: dict[str, float] = {}
         stream = self.loader.stream(self.position)
         clock = _Clock()
         stopped = False
@@ -299,6 +311,8 @@ class TrainingLoop:
         self.position = position
         self.health.strikes = 0
         if self.rank == 0:
+            rollback = {"step": self.step, "samples": self.position, "times": self._rollbacks}
+            write_json_atomic(self.run_dir / ROLLBACK_FILE, rollback)
             self._close_files()
             self._open_files()
             self._say(f"rolled back to step {self.step}; training goes on with sample {self.position}")
@@ -322,6 +336,8 @@ class TrainingLoop:
             line["skipped"] = reason
         if logged:
             line |= self._detail(norm, clock, batches)
+            if reason is not None:  # vetoed before they were known
+                del line["grad_norm_trunk"], line["grad_norm_head"]
         if self.metrics and self.tracker:
             self.metrics.write(line)
             if logged:

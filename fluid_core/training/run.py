@@ -11,7 +11,7 @@ import signal
 import sys
 import threading
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -21,12 +21,12 @@ from tqdm import tqdm
 
 from fluid_core.config import Recipe
 from fluid_core.data.storage import absolute
-from fluid_core.entry import keep_freed_memory, ray_session
+from fluid_core.entry import WorkFailed, keep_freed_memory, ray_session
 from fluid_core.latents.reader import EncodedDataset
 from fluid_core.registry.tracking import SPOOL, Tracker
 from fluid_core.training.checkpoint import PINNED, list_checkpoints
 from fluid_core.training.loader import Slicing, check_datasets
-from fluid_core.training.loop import STOP_FILE, RunSettings
+from fluid_core.training.loop import ROLLBACK_FILE, STOP_FILE, RunSettings
 from fluid_core.training.metrics import read_metrics
 from fluid_core.training.notices import NOTICES, say
 from fluid_core.training.ray_data import NAME as RAY_DATASET
@@ -34,6 +34,8 @@ from fluid_core.training.ray_data import streaming_dataset
 from fluid_core.training.remote import RemoteCheckpoints, WriterLease, fetch_newest
 from fluid_core.workflow.stage import write_json_atomic
 
+FAILED_FILE = "failed.json"
+"""What made a worker end that would end the next one too."""
 _POLL_SECONDS = 0.5
 
 
@@ -47,11 +49,17 @@ def is_driver() -> bool:
     return not under_torchrun() or os.environ["RANK"] == "0"
 
 
-def pretrain(recipe: Recipe, fingerprint: str, resume: bool = False, fresh: bool = False) -> dict[str, Any]:
+def pretrain(
+    recipe: Recipe,
+    fingerprint: str,
+    resume: bool = False,
+    fresh: bool = False,
+    begin: Callable[[], None] = lambda: None,
+) -> dict[str, Any]:
     """Train under Ray Train or torchrun, going on from the newest complete checkpoint.
 
     A run that this fingerprint began is continued by itself. What another recipe left under the same name is continued
-    only with `resume`, and removed only with `fresh`.
+    only with `resume`, and removed only with `fresh`. `begin` is called once the run's name is this start's.
 
     Returns:
         {"step", "stopped", "metrics"}; `stopped` is the signal's number when SIGTERM or SIGINT asked for an end. Only
@@ -59,7 +67,7 @@ def pretrain(recipe: Recipe, fingerprint: str, resume: bool = False, fresh: bool
 
     Raises:
         ValueError: the recipe, the data or the run's name will not do, or a worker met such an error.
-        RuntimeError: the workers failed more often than training.max_failures allows.
+        WorkFailed: the workers failed more often than training.max_failures allows, or no checkpoint could be written.
         ConnectionError: checkpoints on S3 could not be read at the start, or not be written by the end; the same command
             goes on.
     """
@@ -80,7 +88,8 @@ def pretrain(recipe: Recipe, fingerprint: str, resume: bool = False, fresh: bool
         if remote:
             # Before the workers start: they would be taken for hung while they wait for a download.
             fetch_newest(remote, root, report=lambda text: say(run_dir, text))
-        for name in (STOP_FILE, "result.json"):
+        begin()
+        for name in (STOP_FILE, FAILED_FILE, "result.json"):
             (run_dir / name).unlink(missing_ok=True)
         settings = RunSettings(
             run_dir=str(run_dir),
@@ -98,7 +107,8 @@ def pretrain(recipe: Recipe, fingerprint: str, resume: bool = False, fresh: bool
             f"step {result['step']} is reached and saved in {root}, but {uri} still lacks checkpoints (see "
             f"{run_dir / NOTICES}): run the same command again to copy them"
         )
-    result["stopped"] = signalled[0] if result["stopped"] and signalled else None
+    # Stopped without a signal here: another node's process had one, or somebody made the file.
+    result["stopped"] = (signalled[0] if signalled else int(signal.SIGTERM)) if result["stopped"] else None
     return result
 
 
@@ -156,7 +166,7 @@ def _claim(
         if remote:
             for checkpoint in remote.list():
                 remote.remove(checkpoint)
-        for name in ("metrics.jsonl", "validation.jsonl", "strikes.jsonl", NOTICES, "result.json", "run.json"):
+        for name in ("metrics.jsonl", "validation.jsonl", "strikes.jsonl", ROLLBACK_FILE, NOTICES, "result.json", "run.json"):
             (run_dir / name).unlink(missing_ok=True)
         record = None
     elif not resume and (record is None or record["fingerprint"] != fingerprint):
@@ -224,10 +234,32 @@ def worker(config: dict[str, Any]) -> None:
     import torch
 
     torch.set_num_threads(config["threads"])
-    _work_here(Recipe.model_validate(config["recipe"]), RunSettings(**config["settings"]))
+    settings = RunSettings(**config["settings"])
+    failed = Path(settings.run_dir) / FAILED_FILE
+    if failed.exists():  # Ray starts all workers again after any error, and this one would only come back
+        return
+    try:
+        if not (failed.parent / "run.json").exists():
+            raise ValueError(_not_shared(failed.parent))
+        _train_here(Recipe.model_validate(config["recipe"]), settings)
+    except ValueError as error:
+        write_json_atomic(failed, {"error": str(error)})
+        raise
+
+
+def _not_shared(run_dir: Path) -> str:
+    return f"workers and driver do not see the same {run_dir}: set runs_dir to a folder that all machines share"
 
 
 def _work_here(recipe: Recipe, settings: RunSettings) -> None:
+    """A worker of torchrun's."""
+    try:
+        _train_here(recipe, settings)
+    except OSError as error:
+        raise WorkFailed(f"training failed: {error}; the same command goes on from there") from error
+
+
+def _train_here(recipe: Recipe, settings: RunSettings) -> None:
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if _has_gpu() else "cpu")
     from fluid_core.training.loop import TrainingLoop
 
@@ -264,6 +296,7 @@ def _fit(recipe: Recipe, settings: RunSettings) -> None:
     import ray
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.v2.api.exceptions import TrainingFailedError
 
     training = recipe.training
     have = ray.cluster_resources()
@@ -305,28 +338,45 @@ def _fit(recipe: Recipe, settings: RunSettings) -> None:
             name=f"pretrain-{uuid.uuid4().hex[:8]}",
             storage_path=str(scratch),
             failure_config=FailureConfig(max_failures=training.max_failures),
-            worker_runtime_env={} if training.gpus_per_worker else {"env_vars": keep_freed_memory()},
+            # Without GPUs of their own they must not take those that the machine may have.
+            worker_runtime_env={}
+            if training.gpus_per_worker
+            else {"env_vars": keep_freed_memory() | {"CUDA_VISIBLE_DEVICES": ""}},
         ),
     )
+    failed = Path(settings.run_dir) / FAILED_FILE
     try:
         trainer.fit()
-    except Exception as error:
-        cause = _cause(error)
-        if isinstance(cause, ValueError):
-            raise ValueError(str(cause)) from None
-        raise RuntimeError(f"training failed: {cause or error}") from error
+    except TrainingFailedError as error:
+        if not failed.exists():
+            raise _failure(error, training.max_failures) from error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+    if failed.exists():
+        raise ValueError(json.loads(failed.read_text())["error"])
+    if not (failed.parent / "result.json").exists():
+        raise ValueError(_not_shared(failed.parent))
 
 
-def _cause(error: BaseException) -> BaseException | None:
-    """The first user error among what the workers raised, or the first error."""
-    found = list(getattr(error, "worker_failures", {}).values())
+def _failure(error: Exception, max_failures: int) -> Exception:
+    """What to raise for workers that failed too often: one line where disks or machines did, else `error` with its tracebacks.
+
+    One worker's error makes others lose their connection to it, so theirs say nothing.
+    """
+    from ray.exceptions import RayError
+    from ray.train.v2._internal.exceptions import RayTrainError
+
+    found = [getattr(failure, "_base_exc", failure) for failure in getattr(error, "worker_failures", {}).values()]
+    if hasattr(error, "controller_failure"):
+        found.append(error.controller_failure)
+    again = f"(failure {max_failures + 1}, training.max_failures is {max_failures}); the same command goes on from the last checkpoint"
     for failure in found:
-        inner = getattr(failure, "cause", None) or failure.__cause__ or failure
-        if isinstance(inner, ValueError):
-            return inner
-    return found[0] if found else None
+        if isinstance(failure, OSError):
+            return WorkFailed(f"training failed: {failure} {again}")
+    for failure in found:
+        if isinstance(failure, RayError | RayTrainError):
+            return WorkFailed(f"training failed, a worker was lost: {' '.join(str(failure).split())[:300]} {again}")
+    return error
 
 
 @contextmanager

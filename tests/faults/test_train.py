@@ -25,6 +25,7 @@ from fluid_core.training.checkpoint import latest_complete, list_checkpoints, lo
 from fluid_core.training.loader import Loader, Slicing
 from fluid_core.training.metrics import read_metrics
 from fluid_core.training.order import DatasetOrder
+from fluid_core.training.run import worker
 
 _NAN_ON_RANK_1 = """
 class Poisoned(TrainingLoop):
@@ -53,6 +54,31 @@ def test_nan_on_one_rank_is_skipped_by_all_and_two_in_a_row_roll_back(tmp_path: 
     newest = latest_complete(recipe.training_dir / "checkpoints", verify=True)
     assert newest is not None
     assert all(bool(torch.isfinite(values).all()) for _, values in load_ema_state(newest.path))
+
+
+_DIES_AFTER_THE_ROLL_BACK = (
+    _NAN_ON_RANK_1
+    + """
+write = TrainingLoop._write
+def die(self, *args):
+    write(self, *args)
+    if self.position == 72:
+        os._exit(9)
+TrainingLoop._write = die
+"""
+)
+
+
+def test_killed_between_a_roll_back_and_the_next_checkpoint_the_bad_samples_stay_skipped(tmp_path: Path) -> None:
+    recipe = small_recipe(tmp_path, max_strikes=2, checkpoint_every=2, max_steps=8)
+    run_workers(recipe, _DIES_AFTER_THE_ROLL_BACK, ok=False)
+    metrics = recipe.training_dir / "metrics.jsonl"
+    assert [line["samples"] for line in read_metrics(metrics)] == [12, 24, 72]
+    out = run_workers(recipe, _NAN_ON_RANK_1)
+    assert "rolled back" not in out
+    lines = read_metrics(metrics)
+    assert [line["samples"] for line in lines] == [12, 24, 72, 84, 96, 108, 120, 132]
+    assert "grad_norm_trunk" not in lines[0] and "grad_norm_trunk" in lines[1], "a skipped step has no norms of its parts"
 
 
 _NAN_FROM_SAMPLE_36_ON = """
@@ -102,6 +128,9 @@ def test_killed_while_saving_and_a_full_disk(tmp_path: Path) -> None:
     assert "No space left on device" in out and "the newest complete checkpoint is of step 2" in out
     assert latest_complete(root, verify=True) == list_checkpoints(root)[-1]
     run_workers(recipe)
+    ended = json.loads((recipe.training_dir / "result.json").read_text())
+    run_workers(recipe)
+    assert json.loads((recipe.training_dir / "result.json").read_text()) == ended and ended["metrics"], "nothing left to do"
     assert [c.step for c in list_checkpoints(root)] == [2, 4, 6] and not list(root.glob(".step_*"))
     assert [line["step"] for line in read_metrics(recipe.training_dir / "metrics.jsonl")] == [1, 2, 3, 4, 5, 6]
 
@@ -123,6 +152,15 @@ def test_workers_that_share_no_folder_are_told_before_the_first_step(tmp_path: P
     out = run_workers(recipe, _ELSEWHERE_ON_RANK_1, ok=False)
     assert "worker 1 on" in out and "a folder that all machines share" in out
     assert not read_metrics(recipe.training_dir / "metrics.jsonl")
+
+
+def test_a_worker_that_does_not_see_the_driver_s_folder_says_so_once(tmp_path: Path) -> None:
+    """Ray starts it a second time; then it ends at once, and the driver finds no result."""
+    settings = {"run_dir": str(tmp_path / "small"), "fingerprint": "f", "tracking_uri": "sqlite:///unused.db"}
+    job = {"recipe": {}, "settings": settings, "directory": str(tmp_path / "nowhere"), "threads": torch.get_num_threads()}
+    with pytest.raises(ValueError, match="set runs_dir to a folder that all machines share"):
+        worker(job)
+    worker(job)
 
 
 _DELETES_A_SHARD = """
@@ -301,5 +339,33 @@ def test_a_run_survives_its_workers_its_driver_a_notice_of_preemption_and_a_stop
     status, out = _Driver(repository, config, "--set", f"training.max_steps={steps}", "--resume").end()
     assert status == 0, out
     assert [line["step"] for line in read_metrics(metrics)] == list(range(1, steps + 1))
+    # A start that is refused leaves the record of the finished run.
+    status, out = _Driver(repository, config, "--set", "training.learning_rate=2e-3").end()
+    assert status == 2 and "add --resume" in out, out
     status, out = _Driver(repository, config, "--set", f"training.max_steps={steps}", "--resume").end()
     assert status == 0 and "already complete" in out, out
+
+
+@pytest.mark.timeout(600)
+def test_what_a_restart_cannot_mend_is_not_tried_again_and_a_lost_disk_is_one_line(
+    ray_session: str, repository: Path, tmp_path: Path
+) -> None:
+    config = write_recipe(tmp_path, max_steps=3000, max_failures=5)
+    run_dir = tmp_path / "runs" / "small"
+    root = run_dir / "checkpoints"
+    (root / "step_00000002").mkdir(parents=True)  # not complete: every start of the workers passes over it and says so
+    shard = tmp_path / "data" / "latents" / "shard001.parquet"
+    shard.rename(tmp_path / "away")
+    status, out = _Driver(repository, config, "--resume").end()
+    assert status == 2 and "Traceback" not in out, out
+    assert f"error: {shard} is missing" in out
+    assert (run_dir / "notices.txt").read_text().count("passing over checkpoint step_00000002") == 1, "one start"
+
+    (tmp_path / "away").rename(shard)
+    driver = _Driver(repository, config, "--resume", "--set", "training.max_failures=0")
+    driver.wait_for_step(run_dir / "metrics.jsonl", 5)
+    root.rename(tmp_path / "lost")
+    root.touch()
+    status, out = driver.end()
+    assert status == 1 and "Traceback" not in out, out
+    assert f"error: training failed: a checkpoint could not be written to {root}" in out and "training.max_failures is 0" in out
