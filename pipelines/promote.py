@@ -28,7 +28,8 @@ def main(recipe: Recipe, args: argparse.Namespace) -> int:
     training_dir = Path(recipe.runs_dir) / args.run if args.run else recipe.training_dir
     checkpoints = recipe.training.checkpoint_folder(training_dir)
     # A training run that goes on by itself, outside the workflow, changes its checkpoints but not its stage's record.
-    newest = [str(path) for path in sorted(checkpoints.glob("step_*/_COMPLETE"))[-1:]]
+    # Copies that someone made beside them (step_00000004.bak) are no checkpoints.
+    newest = [str(path) for path in sorted(checkpoints.glob(f"step_{'[0-9]' * 8}/_COMPLETE"))[-1:]]
     stage = Stage(
         recipe,
         "promote",

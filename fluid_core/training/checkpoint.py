@@ -82,11 +82,13 @@ class Checkpoint:
 
 
 def list_checkpoints(root: str | Path) -> list[Checkpoint]:
-    """Every checkpoint folder, complete or not, oldest first."""
-    root = Path(root)
-    found = (
-        [Checkpoint(p, int(p.name.removeprefix("step_"))) for p in root.glob("step_*") if p.is_dir()] if root.is_dir() else []
-    )
+    """Every checkpoint folder, complete or not, oldest first. Others, such as a copy that someone named step_00000004.bak, are not
+    looked at."""
+    found = []
+    for folder in Path(root).glob("step_*"):
+        number = folder.name.removeprefix("step_")
+        if number.isdecimal() and folder.is_dir():
+            found.append(Checkpoint(folder, int(number)))
     return sorted(found, key=lambda c: c.step)
 
 

@@ -1,11 +1,14 @@
 """Which checkpoint a start trusts, without training: damage of every kind is passed over in words."""
 
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from small_run import small_recipe, write_checkpoint
 
+from fluid_core.cli import main
 from fluid_core.training.checkpoint import Checkpoint, latest_complete, pin
 from fluid_core.training.run import _claim
 
@@ -33,6 +36,19 @@ def test_what_is_damaged_is_passed_over_in_words(words: str, tmp_path: Path) -> 
     DAMAGE[words](bad)
     assert latest_complete(tmp_path, verify=True, report=said.append) == good
     assert len(said) == 1 and said[0].startswith("passing over checkpoint step_00000004: ") and words in said[0]
+
+
+def test_copies_beside_the_checkpoints_are_left_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What a start, `fluid export` and `fluid checkpoints` find, whatever else lies in the folder."""
+    root = tmp_path / "checkpoints"
+    good = write_checkpoint(root, 2)
+    for name in ("step_00000004.bak", "step_old", "step_"):
+        shutil.copytree(good.path, root / name)
+    (root / "step_6").touch()
+    assert latest_complete(root, verify=True) == good
+    with pytest.raises(SystemExit) as end:
+        main(["checkpoints", str(tmp_path), "--json"])
+    assert end.value.code == 0 and [row["step"] for row in json.loads(capsys.readouterr().out)] == [2]
 
 
 def test_to_begin_again_does_not_delete_what_is_pinned(tmp_path: Path) -> None:
