@@ -6,6 +6,7 @@ What is random for a sample (posterior sample, flip, mask, timesteps, noise, cap
 Shapes: B samples of a micro-batch, N tokens, C token channels, L text tokens, E text width, H W latent height and width.
 """
 
+import contextlib
 import hashlib
 import queue
 import re
@@ -32,6 +33,7 @@ from fluid_core.training.order import DatasetOrder, MixtureOrder, derive_key
 # Streams of a sample's key; the model's own draws use small numbers.
 POSTERIOR, FLIP = 1001, 1002
 CACHE_BYTES = 2 << 30
+CLOSE_SECONDS = 10.0
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 EncodeIds = Callable[[list[list[int]]], list[Tensor]]
@@ -115,11 +117,13 @@ class _Source:
         return window.result()[position]
 
     def _window(self, epoch: int, number: int) -> "Future[dict[int, tuple[Rows, int]]]":
-        if (epoch, number) not in self._windows:
-            self._windows[epoch, number] = self._reader.submit(self._load, epoch, number)
+        # Not looked up a second time: a thread of a stream that was closed may take windows out as well.
+        window = self._windows.get((epoch, number))
+        if window is None:
+            window = self._windows[epoch, number] = self._reader.submit(self._load, epoch, number)
             while len(self._windows) > 3:
                 self._windows.popitem(last=False)
-        return self._windows[epoch, number]
+        return window
 
     def _load(self, epoch: int, number: int) -> dict[int, tuple[Rows, int]]:
         window = self.order.windows(epoch)[number]
@@ -213,27 +217,24 @@ class Loader:
 
 
 def read_ahead(batches: Iterator[list[Batch]], prefetch: int) -> Generator[list[Batch], None, None]:
-    """The same endless batches, prepared by a thread `prefetch` items ahead. An error there is raised here."""
+    """The same endless batches, prepared by a thread `prefetch` items ahead. An error there is raised here.
+
+    Closing it waits for the batch in preparation: the stream that follows a roll-back shares the windows and the text encoder's
+    memory with it. It waits CLOSE_SECONDS at most, because Ray Data may keep a thread until other workers read on.
+    """
     ready: queue.Queue[list[Batch] | BaseException] = queue.Queue(prefetch)
     stop = threading.Event()
 
     def work() -> None:
-        item: list[Batch] | BaseException
         while not stop.is_set():
             try:
-                item = next(batches)
+                ready.put(next(batches))
             except BaseException as error:
-                item = error
-            while not stop.is_set():
-                try:
-                    ready.put(item, timeout=0.5)
-                    break
-                except queue.Full:
-                    continue
-            if isinstance(item, BaseException):
+                ready.put(error)
                 return
 
-    threading.Thread(target=work, daemon=True, name="fluid-loader").start()
+    thread = threading.Thread(target=work, daemon=True, name="fluid-loader")
+    thread.start()
     try:
         while True:
             item = ready.get()
@@ -242,6 +243,9 @@ def read_ahead(batches: Iterator[list[Batch]], prefetch: int) -> Generator[list[
             yield item
     finally:
         stop.set()
+        with contextlib.suppress(queue.Empty):
+            ready.get_nowait()  # room for the one batch that is still to come
+        thread.join(CLOSE_SECONDS)
 
 
 class Collator:

@@ -1,5 +1,6 @@
 """The order of samples and the batches made of it: pure functions of the position, the same at any world size."""
 
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -131,6 +132,49 @@ def test_stream_starts_anywhere_and_raises_what_the_thread_met(root: Path, tmp_p
     with pytest.raises(ValueError, match=r"shard001\.parquet is missing"):
         for _ in zip(range(8), broken.stream(0), strict=False):
             pass
+
+
+def test_a_closed_stream_has_no_thread_left(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor does closing wait for what never comes."""
+    before = set(threading.enumerate())
+    loader = _loader(root, tmp_path, 0, 1)
+    collate, made, in_work, go_on = loader.collator, threading.Event(), threading.Event(), threading.Event()
+
+    def slowly(rows: list[tuple[Rows, int]], positions: list[int], keys_B: torch.Tensor) -> Batch:
+        if positions[0] == 24:
+            made.set()
+        if positions[0] == 36:
+            in_work.set()
+            go_on.wait(30)
+        return collate(rows, positions, keys_B)
+
+    loader.collator = slowly  # type: ignore[assignment]
+
+    def left() -> list[threading.Thread]:
+        return [thread for thread in set(threading.enumerate()) - before if thread.name == "fluid-loader"]
+
+    full = loader.stream(0, prefetch=1)
+    next(full)
+    assert made.wait(30)
+    full.close()
+    assert not left(), "one that waits to hand over a batch"
+    busy = loader.stream(12)
+    next(busy)
+    assert in_work.wait(30)
+    threading.Timer(0.2, go_on.set).start()
+    busy.close()
+    assert go_on.is_set() and not left(), "one in the middle of a batch"
+    go_on.clear()
+    in_work.clear()
+    stuck = loader.stream(24)
+    next(stuck)
+    assert in_work.wait(30)
+    monkeypatch.setattr("fluid_core.training.loader.CLOSE_SECONDS", 0.1)
+    stuck.close()
+    (thread,) = left()
+    go_on.set()
+    thread.join(30)
+    assert not thread.is_alive(), "it ends with its batch"
 
 
 def test_text_is_padded_to_the_longest_caption_in_eights(root: Path, tmp_path: Path) -> None:
