@@ -87,6 +87,14 @@ class Slicing:
         """bool: which global positions this worker computes."""
         return (positions % self.batch_size) % (self.micro * self.world_size) // self.micro == self.rank
 
+    def check_start(self, position: int) -> None:
+        """Raises ValueError: no global batch begins at `position`. Rows would be left out or come twice from there on."""
+        if position % self.batch_size:
+            raise ValueError(
+                f"training.batch_size {self.batch_size} does not divide the {position} samples that the checkpoint has seen: "
+                "resume with a batch size that does"
+            )
+
     def micro_batches(self, start: int) -> list[range]:
         """This worker's positions in the batch that begins at `start`."""
         stride = self.micro * self.world_size
@@ -212,7 +220,13 @@ class Loader:
         return out
 
     def stream(self, start: int, prefetch: int = 2) -> Generator[list[Batch], None, None]:
-        """Batches from `start` on, prepared by a thread `prefetch` global batches ahead. An error there is raised here."""
+        """Batches from the global position `start` on, prepared by a thread `prefetch` global batches ahead. An error there is
+        raised here.
+
+        Raises:
+            ValueError: `start` is no multiple of the batch size.
+        """
+        self.slicing.check_start(start)
         return read_ahead((self.batches(position) for position in count(start, self.slicing.batch_size)), prefetch)
 
 

@@ -81,7 +81,8 @@ class RayDataLoader:
         return 0
 
     def stream(self, start: int, prefetch: int = 2) -> Generator[list[Batch], None, None]:
-        """Batches from the global position `start` on, a multiple of the batch size."""
+        """As `Loader.stream`."""
+        self.slicing.check_start(start)
         return read_ahead(self._batches(start), prefetch)
 
     def _batches(self, start: int) -> Iterator[list[Batch]]:

@@ -13,6 +13,7 @@ from fluid_core.latents.reader import EncodedDataset, Rows
 from fluid_core.random import sample_keys
 from fluid_core.training.loader import Batch, Collator, Loader, Slicing, check_datasets
 from fluid_core.training.order import BLOCK, DatasetOrder, MixtureOrder
+from fluid_core.training.ray_data import RayDataLoader
 
 
 def test_every_epoch_is_another_permutation_in_windows() -> None:
@@ -175,6 +176,18 @@ def test_a_closed_stream_has_no_thread_left(root: Path, tmp_path: Path, monkeypa
     go_on.set()
     thread.join(30)
     assert not thread.is_alive(), "it ends with its batch"
+
+
+def test_a_start_within_a_batch_is_refused(root: Path, tmp_path: Path) -> None:
+    """Before anything is read; both loaders ask the same question."""
+    loader = _loader(root, tmp_path, 0, 1)
+    streamed = RayDataLoader(EncodedDataset(str(root)), None, 0, loader.slicing, 16, loader.collator)
+    for stream in (loader.stream, streamed.stream):
+        with pytest.raises(
+            ValueError, match="batch_size 12 does not divide the 30 samples that the checkpoint has seen: resume"
+        ):
+            stream(30)
+        stream(36).close()
 
 
 def test_text_is_padded_to_the_longest_caption_in_eights(root: Path, tmp_path: Path) -> None:
