@@ -320,14 +320,14 @@ def plan(
 
 
 def variants(training: TrainingConfig) -> list[TrainingConfig]:
-    """The same run with other ZeRO stages, activation checkpointing and offload, cheapest in time first."""
+    """The same run with other ZeRO stages, activation checkpointing and offload, cheapest in time first. Stage 3 is not compiled."""
     out = []
     for checkpointing in (False, True):
         for stage in (0, 1, 2, 3):
             for offload in (False, True):
                 if stage or not offload:
                     change = {"zero_stage": stage, "activation_checkpointing": checkpointing, "offload_optimizer": offload}
-                    out.append(training.model_copy(update=change))
+                    out.append(training.model_copy(update=change | {"compile": training.compile and stage < 3}))
     return out
 
 
@@ -338,7 +338,10 @@ def _advice(model: ModelConfig, training: TrainingConfig, gpus: int, kind: Gpu, 
 
     micro = training.micro_batch(gpus)
     steps: list[tuple[str, dict[str, object]]] = [
-        ("training.zero_stage: 3" + (", training.compile: false" if training.compile else ""), {"zero_stage": 3}),
+        (
+            "training.zero_stage: 3" + (", training.compile: false" if training.compile else ""),
+            {"zero_stage": 3, "compile": False},
+        ),
         ("training.activation_checkpointing: true", {"activation_checkpointing": True}),
     ]
     while micro > 1:

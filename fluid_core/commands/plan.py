@@ -8,6 +8,7 @@ Exits with 1 when the run does not fit, saying what to change.
 
 import argparse
 import json
+import math
 from dataclasses import asdict
 
 from fluid_core.config import load_recipe
@@ -29,12 +30,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true")
 
 
+def _check(args: argparse.Namespace) -> None:
+    """Raises ValueError with the option whose number is out of its range; NaN is out of all."""
+    for option, value, fits, wanted in (
+        ("--gpus", args.gpus, args.gpus >= 1, "at least 1"),
+        ("--mfu", args.mfu, 0 < args.mfu <= 1, "above 0 and at most 1"),
+        ("--samples", args.samples, args.samples is None or 0 < args.samples < math.inf, "above 0"),
+        ("--write", args.write, 0 < args.write < math.inf, "above 0"),
+        ("--usd", args.usd, args.usd is None or 0 <= args.usd < math.inf, "0 or above"),
+    ):
+        if not fits:
+            raise ValueError(f"{option} {value:g}: give a number that is {wanted}")
+
+
 def run(args: argparse.Namespace) -> int:
-    if args.gpus < 1 or not 0 < args.mfu <= 1:
-        raise ValueError("--gpus must be at least 1 and --mfu in (0, 1]")
+    _check(args)
     recipe = load_recipe(args.config, [*args.overrides, f"training.workers={args.gpus}"])
     training = recipe.training
-    samples = args.samples or float(training.max_steps * training.batch_size)
+    samples = float(training.max_steps * training.batch_size) if args.samples is None else args.samples
     micro = training.micro_batch(args.gpus)
     text_encoder = float(sum(text_encoder_bytes(recipe, micro)))
     assumed = (args.mfu, samples, args.write, args.usd, text_encoder)
@@ -48,6 +61,7 @@ def run(args: argparse.Namespace) -> int:
                     "zero_stage": variant.zero_stage,
                     "activation_checkpointing": variant.activation_checkpointing,
                     "offload_optimizer": variant.offload_optimizer,
+                    "compile": variant.compile,
                     "memory_gib": p.memory_per_gpu_gib["total"],
                     "fits": p.fits,
                 }
@@ -56,12 +70,13 @@ def run(args: argparse.Namespace) -> int:
             print(json.dumps(rows, indent=2))
         else:
             print(
-                f"{'ZeRO stage':>10}  {'checkpointing':>13}  {'offload':>7}  {'GiB a GPU':>10}  fits in {result.gpu_memory_gib} GiB"
+                f"{'ZeRO stage':>10}  {'checkpointing':>13}  {'offload':>7}  {'compile':>7}  {'GiB a GPU':>10}  "
+                f"fits in {result.gpu_memory_gib} GiB"
             )
             for row in rows:
                 print(
                     f"{row['zero_stage']:>10}  {row['activation_checkpointing']!s:>13}  {row['offload_optimizer']!s:>7}"
-                    f"  {row['memory_gib']:>10.2f}  {'yes' if row['fits'] else 'no'}"
+                    f"  {row['compile']!s:>7}  {row['memory_gib']:>10.2f}  {'yes' if row['fits'] else 'no'}"
                 )
         return 0
     if args.json:

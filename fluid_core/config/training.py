@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from fluid_core.config.base import Section
 
@@ -60,6 +60,14 @@ class TrainingConfig(Section):
     spike_factor: float = Field(10.0, gt=1, description="a gradient norm this many times its running mean is a strike")
     max_strikes: int = Field(3, gt=0, description="steps skipped in a row before rolling back and skipping the window")
     watchdog_seconds: float = Field(900.0, gt=0, description="a step that takes longer is taken for a hang")
+
+    @model_validator(mode="after")
+    def _check(self) -> "TrainingConfig":
+        if self.offload_optimizer and self.zero_stage == 0:
+            raise ValueError("offload_optimizer needs zero_stage 1, 2 or 3")
+        if self.compile and self.zero_stage == 3:
+            raise ValueError("compile needs zero_stage 0, 1 or 2: stage 3 fetches weights inside the blocks")
+        return self
 
     def micro_batch(self, workers: int) -> int:
         """Images a worker computes at a time."""

@@ -186,10 +186,71 @@ def test_plan_command(repository: Path, capsys: pytest.CaptureFixture[str]) -> N
     config = str(repository / "configs" / "fluid-166m.yaml")  # its blocks are compiled, which stage 3 refuses
     code, result = run("--gpus", "8", "--set", "training.micro_batch_size=2048", "training.batch_size=16384")
     assert code == 1 and "set training.zero_stage: 3, training.compile: false" in str(result["advice"])
+    # Stage 3 alone would do if blocks could stay compiled; without that they keep more.
+    code, result = run("--gpus", "8", "--set", "training.micro_batch_size=306", "training.batch_size=2448")
+    assert result["advice"] == (
+        "does not fit; set training.zero_stage: 3, training.compile: false, training.activation_checkpointing: true"
+    )
     code, rows = run("--gpus", "8", "--set", "training.micro_batch_size=8", "--what-if")
     assert code == 0 and isinstance(rows, list) and len(rows) == 14
-    memory = {tuple(list(row.values())[:3]): row["memory_gib"] for row in rows}
+    assert all(row["compile"] == (row["zero_stage"] < 3) for row in rows)
+    last = next(row for row in rows if row["zero_stage"] == 3)
+    _, result = run("--gpus", "8", "--set", "training.micro_batch_size=8", "training.zero_stage=3", "training.compile=false")
+    assert last["memory_gib"] == result["memory_per_gpu_gib"]["total"]  # type: ignore[index]
+    code, rows = run("--gpus", "8", "--set", "training.micro_batch_size=8", "training.compile=false", "--what-if")
+    memory = {tuple(list(row.values())[:3]): row["memory_gib"] for row in rows}  # type: ignore[attr-defined]
     for (stage, checkpointing, offload), gib in memory.items():
         assert memory.get((stage - 1, checkpointing, offload), gib) >= gib, "a higher stage takes less"
         assert memory.get((stage, checkpointing, not offload), 0) < gib or offload, "and so does offload"
         assert memory[stage, True, offload] <= gib, "and checkpointing"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--gpus", "0"], "--gpus 0: give a number that is at least 1"),
+        (["--mfu", "0"], "--mfu 0: give a number that is above 0 and at most 1"),
+        (["--mfu", "1.1"], "--mfu 1.1: give"),
+        (["--samples", "0"], "--samples 0: give a number that is above 0"),
+        (["--samples", "-5"], "--samples -5: give"),
+        (["--samples", "nan"], "--samples nan: give"),
+        (["--write", "0"], "--write 0: give a number that is above 0"),
+        (["--write", "inf"], "--write inf: give"),
+        (["--usd", "-1"], "--usd -1: give a number that is 0 or above"),
+        (["--set", "training.compile=true", "training.zero_stage=3"], "training: compile needs zero_stage 0, 1 or 2"),
+        (
+            ["--set", "training.offload_optimizer=true", "training.compile=false", "training.zero_stage=0"],
+            "training: offload_optimizer needs zero_stage 1, 2 or 3",
+        ),
+    ],
+)
+def test_what_cannot_be_is_not_planned(
+    arguments: list[str], words: str, repository: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Options out of their range, and what no training would start with."""
+    with pytest.raises(SystemExit) as end:
+        main(["plan", "--config", str(repository / "configs" / "fluid-166m.yaml"), "--gpus", "8", *arguments])
+    error = capsys.readouterr().err.strip()
+    assert end.value.code == 2 and error.startswith("error: ") and words in error and "\n" not in error, error
+
+
+def test_a_price_of_nothing_and_few_samples_are_taken_at_their_word(
+    repository: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main(
+            [
+                "plan",
+                "--config",
+                str(repository / "configs" / "fluid-166m.yaml"),
+                "--gpus",
+                "8",
+                "--samples",
+                "1",
+                "--usd",
+                "0",
+                "--json",
+            ]
+        )
+    result = json.loads(capsys.readouterr().out)
+    assert result["days"] == 0 and result["cost_usd"] == 0
