@@ -59,7 +59,11 @@ class TrainingConfig(Section):
     max_failures: int = Field(3, ge=-1, description="worker restarts before the run is given up; -1: never give up")
     spike_factor: float = Field(10.0, gt=1, description="a gradient norm this many times its running mean is a strike")
     max_strikes: int = Field(3, gt=0, description="steps skipped in a row before rolling back and skipping the window")
-    watchdog_seconds: float = Field(900.0, gt=0, description="a step that takes longer is taken for a hang")
+    watchdog_seconds: float = Field(
+        900.0,
+        gt=0,
+        description="a step, a validation, or a checkpoint's reading or writing that takes longer is taken for a hang",
+    )
 
     @model_validator(mode="after")
     def _check(self) -> "TrainingConfig":

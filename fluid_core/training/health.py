@@ -66,6 +66,8 @@ class HealthPolicy:
 class Watchdog:
     """Ends the process when `beat` was not called for `seconds`: a hung collective never returns, a dead worker is restarted.
 
+    `seconds` must be more than anything takes that lies between two beats (docs/training.md lists them), not a step alone.
+
     The stacks of all threads go to `<folder>/hang_rank_<rank>.txt` first.
     """
 
