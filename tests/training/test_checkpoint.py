@@ -9,7 +9,7 @@ import pytest
 from small_run import small_recipe, write_checkpoint
 
 from fluid_core.cli import main
-from fluid_core.training.checkpoint import Checkpoint, latest_complete, pin
+from fluid_core.training.checkpoint import Checkpoint, ShardReader, latest_complete, pin
 from fluid_core.training.run import _claim
 
 
@@ -36,6 +36,15 @@ def test_what_is_damaged_is_passed_over_in_words(words: str, tmp_path: Path) -> 
     DAMAGE[words](bad)
     assert latest_complete(tmp_path, verify=True, report=said.append) == good
     assert len(said) == 1 and said[0].startswith("passing over checkpoint step_00000004: ") and words in said[0]
+
+
+def test_a_shard_that_a_state_does_not_name_is_missed(tmp_path: Path) -> None:
+    """Every element must come from somewhere: what no shard holds is not made up."""
+    checkpoint = write_checkpoint(tmp_path, 2)
+    with ShardReader(checkpoint.path, ["rank_00000.safetensors"]) as reader:
+        assert reader.read("master", "w", 990, 10).tolist() == [2.0] * 10
+        with pytest.raises(ValueError, match=r"step_00000002: master/w has 10 of 15 elements; a shard is missing"):
+            reader.read("master", "w", 990, 15)
 
 
 def test_copies_beside_the_checkpoints_are_left_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

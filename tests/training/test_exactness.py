@@ -4,6 +4,7 @@ One run of two gloo workers is the reference for everything here; Muon's groups 
 """
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -28,8 +29,8 @@ from fluid_core.training.schedule import learning_rate_factor
 
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
-    """Six steps, a checkpoint every two."""
-    recipe = small_recipe(tmp_path_factory.mktemp("reference"), optimizer="muon")
+    """Six steps, a checkpoint every two. Norms are about .2: this clip cuts some of them."""
+    recipe = small_recipe(tmp_path_factory.mktemp("reference"), optimizer="muon", gradient_clip=0.2)
     run_workers(recipe)
     return recipe
 
@@ -55,7 +56,7 @@ def _continue_from(reference: Recipe, folder: Path, step: int, **training: Any) 
 
 
 def test_zero3_equals_a_dense_single_process(reference: Recipe) -> None:
-    """Weights, EMA, loss and gradient norm after six steps of AdamW and Muon with global clipping."""
+    """Loss, gradient norms and the average's distance of six steps of AdamW and Muon with global clipping; weights and EMA after them."""
     training = reference.training
     loader = Loader([(EncodedDataset(reference.encode.output), 1.0)], reference.model, reference.seed, Slicing(12, 0, 1, None))
     torch.manual_seed(reference.seed)
@@ -63,6 +64,7 @@ def test_zero3_equals_a_dense_single_process(reference: Recipe) -> None:
     muon = {name for name, _ in hidden_matrices(model)}
     ema = {name: p.detach().clone() for name, p in model.named_parameters()}
     state: dict[str, list[Tensor]] = {name: [torch.zeros_like(p), torch.zeros_like(p)] for name, p in model.named_parameters()}
+    assert sum(line["grad_norm"] > training.gradient_clip for line in _lines(reference)) > 2
     for line in _lines(reference):
         step = line["step"]
         batch = loader.batches((step - 1) * 12)[0]
@@ -70,6 +72,11 @@ def test_zero3_equals_a_dense_single_process(reference: Recipe) -> None:
         out = model(batch.tokens, batch.text_BLE, batch.text_mask_BL, loader.collator.null_text_LE, batch.draws)
         loss = out.loss_sum / out.count
         loss.backward()
+        squares = {name: float(p.grad.double().square().sum()) for name, p in model.named_parameters() if p.grad is not None}
+        assert squares.keys() == ema.keys()
+        head = sum(value for name, value in squares.items() if name.startswith("head."))
+        assert line["grad_norm_head"] == pytest.approx(head**0.5, rel=1e-3)
+        assert line["grad_norm_trunk"] == pytest.approx((sum(squares.values()) - head) ** 0.5, rel=1e-3)
         norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), training.gradient_clip))
         assert float(loss) == pytest.approx(line["loss"], abs=1e-5)
         assert norm == pytest.approx(line["grad_norm"], rel=1e-4)
@@ -91,6 +98,8 @@ def test_zero3_equals_a_dense_single_process(reference: Recipe) -> None:
                     rate = training.learning_rate * factor
                 p.mul_(1 - rate * (training.weight_decay if decays else 0.0)).sub_(update, alpha=rate)
                 ema[name].lerp_(p, 1 - ema_decay(training.ema_decay, step - 1))
+            distance = sum(float((ema[name] - p).double().square().sum()) for name, p in model.named_parameters()) ** 0.5
+        assert line["ema_distance"] == pytest.approx(distance, rel=1e-3)
     newest = latest_complete(reference.training_dir / "checkpoints", verify=True)
     assert newest is not None and newest.step == 6
     for kind, dense in (("master", dict(model.named_parameters())), ("ema", ema)):
@@ -183,7 +192,7 @@ def _resume_at_other_world_sizes(reference: Recipe, tmp_path: Path) -> None:
     """2 -> 1 -> 3 workers, from ZeRO-3 to 2, and to 3 with its optimizer offloaded, both in micro-batches: the same samples and
     losses within rounding.
 
-    Only the last checkpoint is kept, and the one that is pinned.
+    Of the checkpoints are kept the last, the one that is pinned, and that of every fourth step where it is asked for.
     """
     one = _continue_from(
         reference, tmp_path / "one", step=2, workers=1, max_steps=4, zero_stage=2, keep_last=1, micro_batch_size=4
@@ -192,9 +201,11 @@ def _resume_at_other_world_sizes(reference: Recipe, tmp_path: Path) -> None:
     run_workers(one)
     assert [(c.step, c.state["world_size"]) for c in list_checkpoints(one.training_dir / "checkpoints")] == [(2, 2), (4, 1)]
     more = {"workers": 3, "max_steps": 6, "zero_stage": 3, "offload_optimizer": True, "micro_batch_size": 2}
+    more |= {"checkpoint_every": 1, "keep_every": 4}
     three = one.model_copy(update={"training": one.training.model_copy(update=more)})
     run_workers(three)
-    assert [(c.step, c.state["world_size"]) for c in list_checkpoints(three.training_dir / "checkpoints")] == [(2, 2), (6, 3)]
+    kept = [(c.step, c.state["world_size"]) for c in list_checkpoints(three.training_dir / "checkpoints")]
+    assert kept == [(2, 2), (4, 1), (6, 3)], "step 5 made room for step 6"
     ours, theirs = (read_metrics(r.training_dir / "validation.jsonl")[-1] for r in (three, reference))
     assert ours == {name: pytest.approx(value, abs=1e-5) for name, value in theirs.items()} and ours["step"] == 6
     for ours, theirs in zip(_lines(three), _lines(reference), strict=True):
@@ -205,7 +216,7 @@ def _resume_at_other_world_sizes(reference: Recipe, tmp_path: Path) -> None:
     assert all(torch.allclose(ours[name], theirs[name], atol=1e-4) for name in theirs)
 
 
-def test_another_model_or_data_set_is_refused(reference: Recipe, tmp_path: Path) -> None:
+def test_another_model_optimizer_or_data_set_is_refused(reference: Recipe, tmp_path: Path) -> None:
     recipe = _continue_from(reference, tmp_path, step=6, workers=1, max_steps=7)
     state = recipe.training_dir / "checkpoints" / "step_00000006" / "state.json"
     from fluid_core.workflow.stage import file_sha256
@@ -216,6 +227,15 @@ def test_another_model_or_data_set_is_refused(reference: Recipe, tmp_path: Path)
 
     forge({"datasets": ["other"]})
     assert "was trained on other data" in run_workers(recipe, ok=False)
+    adamw = recipe.model_copy(update={"training": recipe.training.model_copy(update={"optimizer": "adamw"})})
+    out = run_workers(adamw, ok=False)
+    assert re.search(r"step_00000006 holds no exp_avg of [\w.]+: was it trained with another optimizer\?", out), out[-4000:]
+    wide = recipe.model_copy(update={"model": recipe.model.model_copy(update={"head_width": 48})})
+    out = run_workers(wide, ok=False)
+    found = re.search(
+        r"does not fit the recipe's model: (head[\w.]+) is (\(.+?\)) in the checkpoint, (\(.+?\)) in the model", out
+    )
+    assert found and found[2] != found[3] and "48" in found[3] and "48" not in found[2], out[-4000:]
 
 
 def test_checkpoints_command_lists_verifies_and_pins(
