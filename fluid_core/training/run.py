@@ -120,10 +120,6 @@ def check_inputs(recipe: Recipe) -> None:
     """
     training = recipe.training
     Slicing(training.batch_size, 0, training.workers, training.micro_batch_size)
-    if training.offload_optimizer and training.zero_stage == 0:
-        raise ValueError("training.offload_optimizer needs zero_stage 1, 2 or 3")
-    if training.compile and training.zero_stage == 3:
-        raise ValueError("training.compile needs zero_stage 0, 1 or 2: stage 3 fetches weights inside the blocks")
     if training.loader == "ray_data" and under_torchrun():
         raise ValueError("training.loader: ray_data needs Ray: under torchrun use loader: parquet")
     if training.loader == "ray_data" and len(recipe.mixture) > 1:
