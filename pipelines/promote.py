@@ -13,6 +13,7 @@ from pathlib import Path
 
 from fluid_core.config import Recipe
 from fluid_core.entry import run_pipeline
+from fluid_core.registry.models import CHAMPION
 from fluid_core.workflow.stage import Stage, stage_digest
 
 
@@ -36,9 +37,12 @@ def main(recipe: Recipe, args: argparse.Namespace) -> int:
         [recipe.registry, recipe.generation],
         [stage_digest(recipe, "pretrain"), stage_digest(recipe, "evaluate"), *newest],
     )
-    if stage.skip(force=args.force):
+    if not args.force and stage.complete() and _is_champion(recipe):
+        stage.skip()
         return 0
     from fluid_core.registry.promotion import promote
+
+    stage.path.unlink(missing_ok=True)
 
     result = promote(recipe, args.run)
     for gate in result.gates:
@@ -59,10 +63,20 @@ def main(recipe: Recipe, args: argparse.Namespace) -> int:
     return 0
 
 
-def _rollback(recipe: Recipe) -> int:
-    from fluid_core.registry.model_registry import ModelRegistry
+def _is_champion(recipe: Recipe) -> bool:
+    """Whether the registry still says what the stage's record says: it may be lost, or somebody promoted another model."""
+    from fluid_core.registry.model_registry import ModelRegistry, registry_errors
 
-    champion, previous = ModelRegistry(recipe.registry).rollback()
+    with registry_errors(recipe.registry):
+        champion = ModelRegistry(recipe.registry).version(CHAMPION)
+    return champion is not None and champion.tags.get("fluid.bundle_sha256") == stage_digest(recipe, "promote")
+
+
+def _rollback(recipe: Recipe) -> int:
+    from fluid_core.registry.model_registry import ModelRegistry, registry_errors
+
+    with registry_errors(recipe.registry):
+        champion, previous = ModelRegistry(recipe.registry).rollback()
     # The stage's record named the version that was taken back: what follows from it must look again.
     Stage(recipe, "promote", []).path.unlink(missing_ok=True)
     print(f"promote: {recipe.registry.model_name} version {champion} is champion again, version {previous} is previous")

@@ -50,11 +50,18 @@ def _new_key(recipe: Recipe, name: str) -> None:
 def _foreground(recipe: Recipe) -> None:
     from fluid_core.serving.app import serving
 
-    stop = threading.Event()
+    ready, stop = threading.Event(), threading.Event()
+
+    def end(*_: object) -> None:
+        if stop.is_set() or not ready.is_set():  # nothing is in flight yet, or the user will not wait for it
+            raise KeyboardInterrupt
+        stop.set()
+
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: stop.set())
+        signal.signal(number, end)
     with ray_session():
         with serving(recipe) as (url, ref):
+            ready.set()
             print(f"Fluid serves {ref.label} at {url}  (studio: {url}/  API: {url}/docs  Ctrl-C stops)", flush=True)
             while not stop.wait(1.0):
                 pass

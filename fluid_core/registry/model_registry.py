@@ -8,6 +8,8 @@ is gone does not count.
 import os
 import socket
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
@@ -18,6 +20,16 @@ from fluid_core.registry.models import CANDIDATE, CHAMPION, LEAVING, PREVIOUS
 
 STATE, OWNER, STARTED = "promotion.state", "promotion.owner", "promotion.started"
 _STALE_SECONDS = 6 * 3600
+
+
+@contextmanager
+def registry_errors(config: RegistryConfig) -> Iterator[None]:
+    """Raises ConnectionError in one line for a registry that does not answer, or refuses."""
+    try:
+        yield
+    except MlflowException as error:
+        text = " ".join(str(error).split())
+        raise ConnectionError(f"the model registry at {config.tracking_uri} does not answer: {text[:300]}") from error
 
 
 class PromotionInProgress(ValueError):

@@ -15,7 +15,7 @@ from fluid_core.registry.bundle_store import upload_bundle
 from fluid_core.registry.card import model_card, registry_description
 from fluid_core.registry.gates import Gate, bundle_gate, images_gate, metric_gates, validation_gate
 from fluid_core.registry.lineage import lineage_tags, manifest_summary, validation_loss
-from fluid_core.registry.model_registry import ModelRegistry
+from fluid_core.registry.model_registry import ModelRegistry, registry_errors
 from fluid_core.registry.models import CHAMPION
 from fluid_core.registry.tracking import Tracker
 from fluid_core.workflow.stage import stage_record
@@ -41,8 +41,14 @@ def promote(recipe: Recipe, run: str | None = None) -> Promotion:
     """Export the newest complete checkpoint of a run (default: the recipe's own), and make it champion if the gates let it.
 
     Raises:
-        ValueError: no checkpoint, a broken bundle, or another promotion at work (PromotionInProgress).
+        ValueError: no checkpoint, another promotion at work (PromotionInProgress), or the champion changed meanwhile.
+        ConnectionError: the registry does not answer.
     """
+    with registry_errors(recipe.registry):
+        return _promote(recipe, run)
+
+
+def _promote(recipe: Recipe, run: str | None) -> Promotion:
     training_dir = Path(recipe.runs_dir) / run if run else recipe.training_dir
     checkpoint, step = newest_checkpoint(training_dir, recipe)
     registry = ModelRegistry(recipe.registry)
@@ -58,7 +64,7 @@ def promote(recipe: Recipe, run: str | None = None) -> Promotion:
     tags |= {"fluid.licence": recipe.registry.licence, "fluid.attribution": recipe.registry.attribution}
     metrics = _evaluation(recipe, folder)
     loss = validation_loss(training_dir, step)
-    tags[VALIDATION_DATA] = _validation_digest(recipe)
+    tags[VALIDATION_DATA] = _validation_digest(trained)
     if loss is not None:
         tags[VALIDATION_LOSS] = repr(loss)
 
@@ -69,10 +75,11 @@ def promote(recipe: Recipe, run: str | None = None) -> Promotion:
         version = registry.claim(_source(recipe, folder), tracker.run_id, tags, "being checked")
         state = "failed"
         try:
-            gates, images, facts = _check(recipe, folder, checkpoint, loss, metrics, champion)
-            card = model_card(
-                recipe, tags, data, facts["parameters"], loss, metrics, gates, facts["pixels"], fixed_prompts(recipe)
-            )
+            gates, images, facts = _check(recipe, trained, folder, checkpoint, loss, metrics, champion)
+            # What was trained is the run's own; how it is used and under which name and licence, the recipe's at hand.
+            shown = trained.model_copy(update={"generation": recipe.generation, "registry": recipe.registry})
+            prompts = fixed_prompts(trained)
+            card = model_card(shown, tags, data, facts["parameters"], loss, metrics, gates, facts["pixels"], prompts)
             created = datetime.now(UTC).isoformat(timespec="seconds")
             files = {CARD: card.encode(), SIGNATURE: mlmodel(registry.name, created, facts["pixels"]).encode()}
             if images:
@@ -144,7 +151,13 @@ def _datasets(recipe: Recipe) -> list[str]:
 
 
 def _check(
-    recipe: Recipe, folder: Path, checkpoint: Path, loss: float | None, metrics: dict[str, float], champion: Any
+    recipe: Recipe,
+    trained: Recipe,
+    folder: Path,
+    checkpoint: Path,
+    loss: float | None,
+    metrics: dict[str, float],
+    champion: Any,
 ) -> tuple[list[Gate], list[Image.Image], dict[str, Any]]:
     """All gates; the bundle's images of the fixed prompts; {"parameters", "pixels"} for the card."""
     from fluid_core.generation.pipeline import FluidPipeline
@@ -154,13 +167,16 @@ def _check(
     images: list[Image.Image] = []
     facts: dict[str, Any] = {"parameters": 0, "pixels": (0, 0)}
     if gates[0].passed:
-        pipeline = FluidPipeline.from_pretrained(folder, verify=False)
-        facts["parameters"] = sum(p.numel() for p in pipeline.model.parameters())
-        gate, images = images_gate(pipeline, load_ema_state(checkpoint), fixed_prompts(recipe), recipe.seed)
-        facts["pixels"] = images[0].size
+        try:
+            pipeline = FluidPipeline.from_pretrained(folder, verify=False)
+            facts["parameters"] = sum(p.numel() for p in pipeline.model.parameters())
+            gate, images = images_gate(pipeline, load_ema_state(checkpoint), fixed_prompts(trained), trained.seed)
+            facts["pixels"] = images[0].size
+        except (ValueError, FloatingPointError) as error:  # it does not load, or draws NaN
+            gate = Gate("images", False, str(error))
         gates.append(gate)
     best = None if champion is None else champion.tags.get(VALIDATION_LOSS)
-    same_data = champion is not None and champion.tags.get(VALIDATION_DATA) == _validation_digest(recipe)
+    same_data = champion is not None and champion.tags.get(VALIDATION_DATA) == _validation_digest(trained)
     gates.append(validation_gate(recipe.registry, loss, None if best is None else float(best), same_data))
     return gates + metric_gates(recipe.registry, metrics), images, facts
 

@@ -8,7 +8,15 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Any
 
-from ray.exceptions import RayActorError, TaskCancelledError
+from ray.exceptions import (
+    LocalRayletDiedError,
+    NodeDiedError,
+    ObjectLostError,
+    RayActorError,
+    TaskCancelledError,
+    WorkerCrashedError,
+)
+from ray.serve.exceptions import ReplicaUnavailableError
 
 from fluid_core.config import ServingConfig
 from fluid_core.serving.errors import ApiError, bad_request, deadline_exceeded, overloaded, replica_lost, unavailable
@@ -16,6 +24,11 @@ from fluid_core.serving.metrics import ServingMetrics
 from fluid_core.serving.tasks import ImageTask, TaskEvent
 
 logger = logging.getLogger(__name__)
+
+LOST = (
+    RayActorError, WorkerCrashedError, NodeDiedError, LocalRayletDiedError, ObjectLostError, ReplicaUnavailableError,
+)  # fmt: skip
+"""What Ray raises when a replica, its node, or what it answered is gone."""
 
 BACKGROUND_DEADLINE_SECONDS = 24 * 3600.0
 
@@ -111,7 +124,7 @@ class Dispatcher:
                             delivered.add(event.index)
                         yield event
                 return
-            except RayActorError as error:
+            except LOST as error:
                 logger.warning("a replica went away with a request (attempt %d): %s", attempt, type(error).__name__)
                 if attempt == 2:
                     raise replica_lost() from None

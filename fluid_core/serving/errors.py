@@ -26,6 +26,10 @@ def bad_request(message: str, param: str | None = None, code: str = "invalid_val
     return ApiError(400, code, message, param)
 
 
+def model_not_found(wanted: str, served: str) -> ApiError:
+    return ApiError(404, "model_not_found", f"model {wanted!r} is not served here; this server has {served!r}", "model")
+
+
 def overloaded(retry_after: float) -> ApiError:
     return ApiError(429, "overloaded", "the server's queue is full; try again later", retry_after=retry_after)
 

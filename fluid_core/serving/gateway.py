@@ -22,7 +22,7 @@ from fluid_core import __version__
 from fluid_core.config import Recipe
 from fluid_core.serving.dispatch import Dispatcher
 from fluid_core.serving.edits import EDIT_BODY, EditForm, edit_form
-from fluid_core.serving.errors import ApiError, bad_request, unavailable
+from fluid_core.serving.errors import ApiError, bad_request, model_not_found, unavailable
 from fluid_core.serving.http import BodyLimit, Guard, RequestCounter, answers, install_error_handlers
 from fluid_core.serving.keys import Authenticator, RateLimiter, load_keys
 from fluid_core.serving.metrics import ServingMetrics
@@ -73,6 +73,12 @@ class Gateway:
         assert self.info is not None
         return self.info
 
+    def made_by(self, label: str) -> None:
+        """Called with the `name:version` that made an image: after a change of the served version its sizes are asked for anew."""
+        info = self.info
+        if info is not None and label not in (info.id, f"{info.id}:{info.version}"):
+            self._refreshing = asyncio.create_task(self.refresh_info())
+
     async def become_ready(self) -> None:
         """Generate one real image through the whole way; until that worked /readyz says 503."""
         while True:
@@ -100,8 +106,7 @@ class Gateway:
             # The champion may have moved since we last asked.
             info = await self.refresh_info()
             if body.model not in {info.id, f"{info.id}:{info.version}", f"{info.id}@{info.alias}"}:
-                message = f"model {body.model!r} is not served here; this server has {info.id!r}"
-                raise ApiError(404, "model_not_found", message, "model")
+                raise model_not_found(body.model, info.id)
         if not body.prompt.strip():
             raise bad_request("prompt: it is empty", "prompt")
         for name, text in (("prompt", body.prompt), ("negative_prompt", body.negative_prompt or "")):
@@ -118,6 +123,7 @@ class Gateway:
             prompt=body.prompt,
             count=body.n or 1,
             seed=secrets.randbelow(2**32) if body.seed is None else body.seed,
+            model=body.model,
             size=self._size(body.size, info),
             steps=body.steps,
             guidance=body.guidance,
@@ -219,7 +225,7 @@ def _add_image_routes(app: FastAPI, gateway: Gateway) -> None:
             raise unavailable(gateway.not_ready_because)
         info = await gateway.refresh_info()
         if model not in (info.id, f"{info.id}:{info.version}"):
-            raise ApiError(404, "model_not_found", f"model {model!r} is not served here; this server has {info.id!r}", "model")
+            raise model_not_found(model, info.id)
         return info
 
 
@@ -252,10 +258,13 @@ def _add_plain_routes(app: FastAPI, gateway: Gateway) -> None:
 
 async def _answer(gateway: Gateway, task: ImageTask, kind: str) -> Any:
     if not task.stream:
-        return images_response(*await gateway.dispatcher.images(task))
+        started, images = await gateway.dispatcher.images(task)
+        gateway.made_by(started["model"])
+        return images_response(started, images)
     events = gateway.dispatcher.run(task)
     # Errors before the first event still have an HTTP status of their own.
     first = await anext(events)
+    gateway.made_by((first.details or {})["model"])
     return StreamingResponse(
         _server_sent(events, first, task, kind), media_type="text/event-stream", headers={"Cache-Control": "no-store"}
     )

@@ -15,7 +15,7 @@ from PIL import Image
 from fluid_core.config import Recipe
 from fluid_core.registry.models import ModelRef, resolve_model
 from fluid_core.serving.batching import Closed, ContinuousBatcher, Expired, Job, known_cells
-from fluid_core.serving.errors import ApiError, bad_request, deadline_exceeded
+from fluid_core.serving.errors import ApiError, bad_request, deadline_exceeded, model_not_found
 from fluid_core.serving.provenance import png_bytes
 from fluid_core.serving.requests import ServedModel
 from fluid_core.serving.safety import load_safety_hook
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 STALLED_SECONDS = 600.0
+FIRST_PAUSE, LONGEST_PAUSE = 10.0, 600.0
+"""Seconds between two attempts to load a version that could not be loaded."""
 
 
 class _Version:
@@ -65,27 +67,39 @@ class Generator:
 
     def _load(self, ref: ModelRef) -> _Version:
         version = _Version(ref, self._recipe)
-        version.warm_up()
+        try:
+            version.warm_up()
+        except BaseException:
+            version.batcher.close()  # its thread would keep the model in memory
+            raise
         return version
 
     def _follow_alias(self) -> None:
         """Where the alias moved, load the version beside the present one and let new requests go there.
 
-        What the present version has begun it finishes; a version that cannot be loaded changes nothing.
+        What the present version has begun it finishes. A version that cannot be loaded changes nothing and is tried again, after
+        pauses that grow: the bundle store may be away for a while, or the bundle broken for good.
         """
-        refused: ModelRef | None = None
+        broken: ModelRef | None = None
+        pause = again = 0.0
         while True:
             time.sleep(self._config.follow_alias_seconds)
+            ref = None
             try:
                 ref = resolve_model(self._config.model, self._recipe.registry)
-                if ref in (self._version.served.ref, refused):
+                if ref == self._version.served.ref:
+                    broken = None
                     continue
-                refused = ref
+                if ref == broken and time.monotonic() < again:
+                    continue
                 fresh = self._load(ref)
             except Exception as error:
                 logger.error("the model stays %s: %s", self._version.served.ref.label, error)
+                if ref is not None:
+                    pause = min(2 * pause, LONGEST_PAUSE) if ref == broken else FIRST_PAUSE
+                    broken, again = ref, time.monotonic() + pause
                 continue
-            old, self._version, refused = self._version, fresh, None
+            old, self._version, broken = self._version, fresh, None
             old.batcher.close()
             logger.warning("now serving %s instead of %s", ref.label, old.served.ref.label)
 
@@ -122,6 +136,9 @@ class Generator:
         while True:
             version = self._version
             served = version.served
+            if task.model is not None and task.model not in served.names:
+                yield TaskEvent("error", details=asdict(model_not_found(task.model, served.ref.name)))
+                return
 
             def make_requests(served: ServedModel = served) -> list[Any]:
                 requests = served.requests(task)
@@ -132,7 +149,9 @@ class Generator:
                 count=task.count,
                 make_requests=make_requests,
                 on_image=lambda index, image, slot: post("image", index, image, settings_of(slot.request)),
-                on_partial=lambda index, image, slot: post("partial", index, image, progress_of(slot)),
+                on_partial=lambda index, image, slot: post(
+                    "partial", index, image, (settings_of(slot.request), progress_of(slot))
+                ),
                 on_end=lambda error: post("end", value=error),
                 partial_images=task.partial_images,
                 deadline=time.monotonic() + seconds,
@@ -152,10 +171,11 @@ class Generator:
                 if kind == "started":
                     yield TaskEvent("started", details=value)
                 elif kind == "partial":
-                    png = await asyncio.to_thread(png_bytes, value)
-                    yield TaskEvent("partial", index, png, task.seed_of(index), more)
+                    settings, progress = more
+                    png = await asyncio.to_thread(self._checked_png, task, index, value, settings, served)
+                    yield TaskEvent("partial", index, png, task.seed_of(index), progress)
                 elif kind == "image":
-                    png = await asyncio.to_thread(self._finished_png, task, index, value, more, served)
+                    png = await asyncio.to_thread(self._checked_png, task, index, value, more, served)
                     yield TaskEvent("image", index, png, task.seed_of(index))
                 elif value is not None:
                     yield _error(value, seconds)
@@ -177,9 +197,10 @@ class Generator:
         finally:
             job.cancel()
 
-    def _finished_png(
+    def _checked_png(
         self, task: ImageTask, index: int, image: Image.Image, settings: dict[str, Any], served: ServedModel
     ) -> bytes:
+        """A preview or an image, with where it comes from. Raises ApiError when the safety hook refuses it: a preview shows enough."""
         refusal = self._safety.check_image(image, task.prompt, task.user)
         if refusal is not None:
             raise ApiError(400, "content_policy_violation", refusal, "prompt")

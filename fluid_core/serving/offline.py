@@ -52,11 +52,18 @@ class OfflineJob:
         load_safety_hook(recipe.serving.safety_hook, recipe.serving.blocked_words_file)
         if chunk_rows is not None and chunk_rows < 1:
             raise ValueError(f"--chunk {chunk_rows}: at least 1 line is committed together")
-        self._chunk_rows = chunk_rows or 4 * recipe.serving.max_batch_size
-        if force:
-            for entry in list(self.storage.list("_ledger/")):
-                self.storage.delete(entry.name)
-            self.storage.delete("plan.json")
+        # A version that is registered stays what it is; a folder is known by its manifest.
+        settings = {"model": self.ref.label, "bundle": _bundle_key(self.ref)}
+        with tempfile.TemporaryDirectory(prefix="fluid-prompts-") as scratch:
+            with open(fetch_prompts(self.prompts, Path(scratch)), "rb") as file:
+                self._new = plan_lines(file, chunk_rows or 4 * recipe.serving.max_batch_size, settings)
+        # Only now, a mistyped name must not cost what is there; and only what a job made, images/ may be somebody's.
+        if force and self.storage.size_or_none("plan.json") is not None:
+            for folder in ("_ledger/", "output/", "errors/", "images/"):
+                for entry in list(self.storage.list(folder)):
+                    self.storage.delete(entry.name)
+            for name in ("plan.json", "output.jsonl", "errors.jsonl", "summary.json"):
+                self.storage.delete(name)
 
     def plan(self) -> JobPlan:
         """The job's plan: the one in the output folder, or a new one.
@@ -64,16 +71,11 @@ class OfflineJob:
         Raises:
             ValueError: the folder holds the job of other prompts or of another model.
         """
-        ledger = JobLedger(self.storage)
-        # A version that is registered stays what it is; a folder is known by its manifest.
-        settings = {"model": self.ref.label, "bundle": _bundle_key(self.ref)}
-        with tempfile.TemporaryDirectory(prefix="fluid-prompts-") as scratch:
-            with open(fetch_prompts(self.prompts, Path(scratch)), "rb") as file:
-                new = plan_lines(file, self._chunk_rows, settings)
-        plan = ledger.write_plan(new)
+        new = self._new
+        plan = JobLedger(self.storage).write_plan(new)
         for name, here, there in (
             ("prompts", new.input_sha256, plan.input_sha256),
-            ("model", settings["bundle"], plan.settings["bundle"]),
+            ("model", new.settings["bundle"], plan.settings["bundle"]),
         ):
             if here != there:
                 raise ValueError(
@@ -238,7 +240,7 @@ def task_of(body: GenerationBody, recipe: Recipe, served: ServedModel, safety: A
     """A line's request as a task. Raises ApiError 400 for what a line cannot ask, or for a refused prompt."""
     if (body.n or 1) != 1:
         raise bad_request("n: a line makes one image; write one line an image", "n")
-    if body.model not in (None, served.ref.name, served.ref.label):
+    if body.model is not None and body.model not in served.names:
         raise bad_request(f"model: this job runs {served.ref.label}", "model")
     if body.deadline is not None:
         raise bad_request("deadline: an offline job has none", "deadline")

@@ -2,6 +2,7 @@
 
 import io
 import time
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from PIL import Image
@@ -26,6 +27,8 @@ class ServedModel:
         self.attribution = ref.tags.get("fluid.attribution", recipe.registry.attribution)
         self.pipeline = FluidPipeline.from_pretrained(ref.local(), device="cuda" if recipe.serving.gpus_per_replica else "cpu")
         self.loaded = int(time.time())
+        self.names = {ref.name, ref.label, f"{ref.name}@{ref.alias}"}
+        """Under which a client may ask for it."""
 
     def requests(self, task: ImageTask) -> list["GenerationRequest"]:
         """One engine request an image; the text is encoded once.
@@ -44,10 +47,9 @@ class ServedModel:
                 seeds = [task.seed_of(index) for index in range(task.count)]
                 return self.pipeline.requests([task.prompt] * task.count, seed=seeds, size=task.size, **settings)
             image, mask = (Image.open(io.BytesIO(data)) for data in (task.image, task.mask))
-            return [
-                self.pipeline.edit_request(image, mask, task.prompt, seed=task.seed_of(index), **settings)
-                for index in range(task.count)
-            ]
+            edit = self.pipeline.edit_request(image, mask, task.prompt, seed=task.seed, **settings)
+            # The seed alone tells them apart: the image is encoded once.
+            return [replace(edit, seed=task.seed_of(index)) for index in range(task.count)]
         except ValueError as error:
             raise ValueError(str(error).replace("num_steps", "steps").replace("guidance_scale", "guidance")) from error
 

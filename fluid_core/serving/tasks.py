@@ -13,6 +13,7 @@ class ImageTask:
     prompt: str
     count: int
     seed: int
+    model: str | None = None  # name, name:version or name@alias that must make the images; None: the one that is served
     size: tuple[int, int] | None = None  # width, height; None: the model's own
     steps: int | None = None
     guidance: float | None = None

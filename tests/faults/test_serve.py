@@ -289,6 +289,9 @@ def test_a_moved_alias_changes_the_model_under_load(server: Faulty) -> None:
     assert set(models) == {"unit:1", "unit:2"}, models
     second = tiny_pipeline(server.folder / "second", 1)
     expected = {"unit:1": server.pipeline, "unit:2": second}
+    # A name that is pinned to the version that went is refused, not made by the other.
+    status, _, body = server.ask(steps=1, model="unit:1")
+    assert status == 404 and body["error"]["code"] == "model_not_found"
     seen: set[tuple[str, int]] = set()
     for _, _, body in answers:
         seed = body["data"][0]["seed"]

@@ -48,14 +48,16 @@ def fake_run(folder: Path, **registry: Any) -> Recipe:
     return load_recipe(path)
 
 
-def add_checkpoint(recipe: Recipe, step: int, loss: float, seed: int) -> Path:
-    """A complete checkpoint of random weights, as the trainer writes them, and its line in validation.jsonl."""
+def add_checkpoint(recipe: Recipe, step: int, loss: float, seed: int, value: float | None = None) -> Path:
+    """A complete checkpoint of random weights, or all of one `value`, as the trainer writes them, and its line in validation.jsonl."""
     from tiny_fluid import tiny_model
 
     folder = recipe.training_dir / "checkpoints" / f"step_{step:08d}"
     folder.mkdir(parents=True)
     weights = {name: p.detach().clone() for name, p in tiny_model(seed).named_parameters()}
-    pieces = {f"{kind}/{name}": value.flatten().clone() for kind in ("master", "ema") for name, value in weights.items()}
+    if value is not None:
+        weights = {name: p.fill_(value) for name, p in weights.items()}
+    pieces = {f"{kind}/{name}": w.flatten().clone() for kind in ("master", "ema") for name, w in weights.items()}
     shard = folder / "rank_00000.safetensors"
     save_file(pieces, shard, metadata={"starts": json.dumps(dict.fromkeys(pieces, 0))})
     files = {shard.name: {"bytes": shard.stat().st_size, "sha256": file_sha256(shard)}}

@@ -17,6 +17,7 @@ from PIL import Image
 from fluid_core.config import Recipe, RegistryConfig, config_hash
 from fluid_core.generation.bundle import verify_bundle
 from fluid_core.generation.pipeline import FluidPipeline
+from fluid_core.latents.reader import EncodedDataset
 from fluid_core.registry.card import MAX_DESCRIPTION, registry_description
 from fluid_core.registry.gates import images_gate, metric_gates, validation_gate
 from fluid_core.registry.model_registry import OWNER, STARTED, STATE, ModelRegistry, PromotionInProgress
@@ -244,6 +245,38 @@ def test_a_damaged_bundle_is_refused(recipe: Recipe) -> None:
     assert not promote(recipe).crowned
 
 
+def test_weights_that_draw_nothing_are_refused(tmp_path: Path) -> None:
+    recipe = fake_run(tmp_path)
+    add_checkpoint(recipe, 10, loss=0.5, seed=1, value=1e30)
+    result = promote(recipe)
+    assert not result.crowned and [gate.name for gate in result.gates if not gate.passed] == ["images"]
+    version = ModelRegistry(recipe.registry).client.get_model_version("unit", result.version)
+    assert version.tags[STATE] == "refused" and "NaN" in version.description
+
+
+def test_a_record_is_believed_only_while_the_registry_says_the_same(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = fake_run(tmp_path)
+    add_checkpoint(recipe, 10, loss=0.5, seed=1)
+    first = stage_record(recipe, "promote") if promote_here(recipe) == 0 else None
+    assert promote_here(recipe) == 0 and "already complete" in capsys.readouterr().out
+    add_checkpoint(recipe, 20, loss=0.4, seed=2)
+    assert promote_here(recipe) == 0
+    registry = ModelRegistry(recipe.registry)
+    registry.client.set_registered_model_alias("unit", "champion", "1")  # from another machine
+    capsys.readouterr()
+    assert first is not None and promote_here(recipe) == 0
+    assert "already complete" not in capsys.readouterr().out
+    assert registry.version("champion").tags["fluid.step"] == "20"  # type: ignore[union-attr]
+
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    recipe.registry.tracking_uri = "http://127.0.0.1:9"
+    for arguments in ((), ("--force",), ("--rollback",)):
+        with pytest.raises(ConnectionError, match=r"the model registry at http://127\.0\.0\.1:9 does not answer"):
+            promote_here(recipe, *arguments)
+
+
 def test_scores_and_lineage_are_those_of_the_checkpoint(tmp_path: Path) -> None:
     """A later checkpoint is not let through on the scores of an earlier one, and another run's has its own recipe's hash."""
     recipe = fake_run(tmp_path, minimum_metrics={"shapes/seen": 0.9})
@@ -257,10 +290,15 @@ def test_scores_and_lineage_are_those_of_the_checkpoint(tmp_path: Path) -> None:
 
     other = recipe.model_copy(deep=True)
     other.training.run_name, other.training.learning_rate = "other", 0.01
+    other.training.sample_prompts, other.encode.validation_output = ["a green star"], recipe.encode.output
     add_checkpoint(other, 5, loss=0.4, seed=3)
     registry = ModelRegistry(recipe.registry)
     tags = registry.client.get_model_version("unit", promote(recipe, run="other").version).tags
     assert tags["fluid.config_hash"] == config_hash(other) != config_hash(recipe)
+    # Its loss is of its own validation data, and it draws its own prompts.
+    assert tags["fluid.validation_data"] == EncodedDataset(recipe.encode.output).manifest.hash
+    description = registry.client.get_model_version("unit", str(registry.version("candidate").version)).description  # type: ignore[union-attr]
+    assert "a green star" in description and "a red circle" not in description
 
 
 def test_a_long_card_fits_into_the_registrys_tables() -> None:
