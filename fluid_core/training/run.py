@@ -23,6 +23,7 @@ from fluid_core.config import Recipe
 from fluid_core.data.storage import absolute
 from fluid_core.entry import keep_freed_memory, ray_session
 from fluid_core.latents.reader import EncodedDataset
+from fluid_core.registry.lineage import code_version
 from fluid_core.registry.tracking import SPOOL, Tracker
 from fluid_core.training.checkpoint import PINNED, list_checkpoints
 from fluid_core.training.loader import Slicing, check_datasets
@@ -196,25 +197,6 @@ def _refuse_another_run(run_dir: Path, root: Path, remote: RemoteCheckpoints | N
         "a new training.run_name, add --resume to go on from its last checkpoint, or --force to begin again and delete its "
         "checkpoints"
     )
-
-
-def code_version() -> str:
-    """The package's version, with the git commit where the code is a checkout."""
-    import subprocess
-    from importlib.metadata import PackageNotFoundError, version
-
-    try:
-        package = version("fluid-t2i")
-    except PackageNotFoundError:
-        package = "source"
-    root = Path(__file__).resolve().parents[2]
-    if (root / ".git").exists():
-        out = subprocess.run(
-            ["git", "-C", str(root), "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=False
-        )
-        if out.returncode == 0:
-            return f"{package}+{out.stdout.strip()}"
-    return package
 
 
 def worker(config: dict[str, Any]) -> None:
