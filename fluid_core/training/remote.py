@@ -149,7 +149,7 @@ class RemoteCheckpoints:
         return Checkpoint(target, checkpoint.step)
 
     def distrust(self, step: int) -> None:
-        """Take the marker from a checkpoint that turned out to be damaged."""
+        """Take the marker from a checkpoint that turned out to be damaged; for the holder of the WriterLease alone."""
         self._storage.delete(f"{_folder(step)}/{COMPLETE}")
 
     def pin(self, step: int) -> None:
@@ -229,10 +229,11 @@ def _is_gone(holder: dict[str, Any]) -> bool:
     return bool(time.time() - holder.get("alive", 0.0) > LEASE_SECONDS)
 
 
-def fetch_newest(remote: RemoteCheckpoints, root: Path, report: Report) -> None:
+def fetch_newest(remote: RemoteCheckpoints, root: Path, report: Report, writer: bool = False) -> None:
     """Bring the newest checkpoint of S3 that can be trusted to `root`, unless `root` has that one or a newer one.
 
-    What is passed over is reported, and is not taken for complete again.
+    What is passed over is reported. The `writer`, who holds the prefix's lease, also sees to it that it is not taken for complete
+    again. A reader changes nothing on S3: a run may be replacing the checkpoint at this moment, and keys may allow reading alone.
     """
     mine = latest_complete(root, verify=True, report=report)
     for checkpoint in reversed(remote.list()):
@@ -243,9 +244,12 @@ def fetch_newest(remote: RemoteCheckpoints, root: Path, report: Report) -> None:
             continue
         try:
             remote.fetch(checkpoint, root)
-        except ValueError as error:
-            remote.distrust(checkpoint.step)
-            report(f"passing over {checkpoint.uri}: {error}")
+        except (ValueError, FileNotFoundError) as error:
+            if writer:
+                remote.distrust(checkpoint.step)
+                report(f"passing over {checkpoint.uri}: {error}")
+            else:
+                report(f"passing over {checkpoint.uri} for the one before: {error}; if a run is replacing it, try again later")
             continue
         report(f"fetched {checkpoint.uri}")
         return

@@ -80,7 +80,7 @@ def pretrain(recipe: Recipe, fingerprint: str, resume: bool = False, fresh: bool
         record = _claim(recipe, run_dir, root, remote, fingerprint, resume, fresh)
         if remote:
             # Before the workers start: they would be taken for hung while they wait for a download.
-            fetch_newest(remote, root, report=lambda text: say(run_dir, text))
+            fetch_newest(remote, root, report=lambda text: say(run_dir, text), writer=True)
         for name in (STOP_FILE, "result.json"):
             (run_dir / name).unlink(missing_ok=True)
         settings = RunSettings(

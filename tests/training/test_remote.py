@@ -14,11 +14,12 @@ from typing import Any
 
 import pytest
 import torch
+from s3_support import READER_KEY, READER_SECRET
 from small_run import write_checkpoint
 
 from fluid_core.cli import main
 from fluid_core.data import storage as storage_module
-from fluid_core.data.storage import open_storage
+from fluid_core.data.storage import AccessError, open_storage
 from fluid_core.training import remote as module
 from fluid_core.training.checkpoint import list_checkpoints, pin
 from fluid_core.training.remote import RemoteCheckpoints, Uploader, WriterLease, fetch_newest
@@ -74,16 +75,45 @@ def test_what_is_damaged_on_s3_is_passed_over_and_replaced(s3: str, tmp_path: Pa
     open_storage(remote.uri).delete("step_00000004/rank_00000.safetensors")
     assert "wrong checksum" in (remote.problem(remote.list()[2]) or "")
     said: list[str] = []
-    fetch_newest(remote, tmp_path / "elsewhere", said.append)
+    fetch_newest(remote, tmp_path / "elsewhere", said.append, writer=True)
     assert "rank_00001.safetensors: wrong checksum" in said[0] and "rank_00000.safetensors: missing" in said[1]
     (found,) = list_checkpoints(tmp_path / "elsewhere")
     assert found.step == 2 and found.problem() is None and not list((tmp_path / "elsewhere").glob(".*"))
     # A local one that is whole is as good or better: nothing is fetched. And it mends S3.
     said.clear()
-    fetch_newest(remote, root, said.append)
+    fetch_newest(remote, root, said.append, writer=True)
     assert not said
     assert Uploader(root, remote, 3, None).finish(300) and steps(remote) == [2, 4, 6]
     assert all(remote.problem(c) is None for c in remote.list())
+
+
+def test_a_reader_passes_over_what_is_damaged_and_leaves_it_alone(
+    s3: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As `fluid export s3://...` and a promotion do, here with keys that may only read."""
+    uri, root = f"{s3}/read", tmp_path / "here"
+    remote = RemoteCheckpoints(uri)
+    for step in (2, 4, 6):
+        remote.push(write_checkpoint(root, step))
+    storage = open_storage(uri)
+    storage.put_bytes((root / "step_00000002" / "state.json").read_bytes(), "step_00000006/state.json", overwrite=True)
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", READER_KEY)
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", READER_SECRET)
+    reader = RemoteCheckpoints(uri)
+    with pytest.raises(AccessError):
+        reader.pin(2)
+    said: list[str] = []
+    # The files of step 4 go away between the listing and the download, as when a run replaces it.
+    listed = reader.list()
+    monkeypatch.setattr(reader, "list", lambda: listed)
+    storage.delete("step_00000004/rank_00000.safetensors")
+    fetch_newest(reader, tmp_path / "elsewhere", said.append)
+    assert [c.step for c in list_checkpoints(tmp_path / "elsewhere")] == [2]
+    assert [line.partition(": ")[0] for line in said[:2]] == [
+        f"passing over {uri}/step_0000000{step} for the one before" for step in (6, 4)
+    ]
+    assert said[2] == f"fetched {uri}/step_00000002"
+    assert steps(remote) == [2, 4, 6], "every marker is still there"
 
 
 def test_a_local_file_that_rotted_is_not_copied(s3: str, tmp_path: Path) -> None:
