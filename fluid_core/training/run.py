@@ -79,7 +79,9 @@ def pretrain(recipe: Recipe, fingerprint: str, resume: bool = False, fresh: bool
         remote = RemoteCheckpoints(uri) if uri else None
         record = _claim(recipe, run_dir, root, remote, fingerprint, resume, fresh)
         if remote:
-            # Before the workers start: they would be taken for hung while they wait for a download.
+            # Before the workers start: they would be taken for hung while they wait for a download. The lines of metrics come
+            # first: after a kill between the two the checkpoint is still to be fetched, and they with it.
+            remote.fetch_history(run_dir)
             fetch_newest(remote, root, report=lambda text: say(run_dir, text), writer=True)
         for name in (STOP_FILE, "result.json"):
             (run_dir / name).unlink(missing_ok=True)
@@ -157,6 +159,7 @@ def _claim(
         if remote:
             for checkpoint in remote.list():
                 remote.remove(checkpoint)
+            remote.remove_history()
         for name in ("metrics.jsonl", "validation.jsonl", "strikes.jsonl", NOTICES, "result.json", "run.json"):
             (run_dir / name).unlink(missing_ok=True)
         record = None

@@ -22,6 +22,7 @@ from fluid_core.data import storage as storage_module
 from fluid_core.data.storage import AccessError, open_storage
 from fluid_core.training import remote as module
 from fluid_core.training.checkpoint import list_checkpoints, pin
+from fluid_core.training.metrics import read_metrics, write_metrics
 from fluid_core.training.remote import RemoteCheckpoints, Uploader, WriterLease, fetch_newest
 from fluid_core.workflow.stage import write_json_atomic
 
@@ -124,6 +125,36 @@ def test_a_local_file_that_rotted_is_not_copied(s3: str, tmp_path: Path) -> None
     said: list[str] = []
     assert Uploader(tmp_path, remote, 3, None, said.append).finish(300)
     assert steps(remote) == [2] and len(said) == 1 and "wrong checksum" in said[0]
+
+
+def test_lines_of_metrics_are_on_s3_before_the_checkpoint_is(s3: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    uri, here, elsewhere = f"{s3}/history", tmp_path / "here", tmp_path / "elsewhere"
+    remote = RemoteCheckpoints(uri)
+    write_checkpoint(here / "checkpoints", 2)
+    write_metrics(here / "metrics.jsonl", [{"step": step, "loss": step / 3} for step in (1, 2, 3)])
+    (here / "validation.jsonl").write_text('{"step": 2}\n{"ste')  # killed while it wrote
+    said: list[str] = []
+    monkeypatch.setattr(module, "FIRST_PAUSE_SECONDS", 0.05)
+    with monkeypatch.context() as broken:
+        broken.setattr(RemoteCheckpoints, "push", lambda *_: 1 / 0)  # the process might as well have died here
+        uploader = Uploader(here / "checkpoints", remote, 3, None, said.append)
+        _until(lambda: said)
+        assert not steps(remote) and open_storage(uri).read_or_none("metrics.jsonl")
+    assert uploader.finish(300) and steps(remote) == [2]
+    elsewhere.mkdir()
+    remote.fetch_history(elsewhere)
+    assert read_metrics(elsewhere / "metrics.jsonl") == read_metrics(here / "metrics.jsonl")
+    assert read_metrics(elsewhere / "validation.jsonl") == [{"step": 2}]
+    # The first machine comes back after the run went on elsewhere: it gets what it lacks, and its own lines stay.
+    write_metrics(here / "metrics.jsonl", [{"step": 1, "loss": 7.0}])
+    remote.fetch_history(here)
+    assert read_metrics(here / "metrics.jsonl") == [{"step": 1, "loss": 7.0}, *read_metrics(elsewhere / "metrics.jsonl")[1:]]
+    # Where nothing is missing the file is left alone: a run may have it open.
+    before = (here / "metrics.jsonl").stat()
+    remote.fetch_history(here)
+    assert (here / "metrics.jsonl").stat() == before
+    remote.remove_history()
+    assert [item.name for item in open_storage(uri).list() if not item.name.startswith("step_")] == []
 
 
 def _until(holds: Callable[[], Any]) -> None:
