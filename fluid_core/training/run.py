@@ -12,7 +12,7 @@ import sys
 import threading
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -164,7 +164,7 @@ def _claim(
             (run_dir / name).unlink(missing_ok=True)
         record = None
     elif not resume and (record is None or record["fingerprint"] != fingerprint):
-        _refuse_another_run(run_dir, root, remote)
+        _refuse_another_run(run_dir, root, remote, fingerprint)
     if record is None or (record["fingerprint"] != fingerprint and not resume):
         record = {"fingerprint": fingerprint, "tracking_run_id": None}
     from fluid_core.registry.mlflow_client import absolute_uri
@@ -189,9 +189,11 @@ def _claim(
     return record
 
 
-def _refuse_another_run(run_dir: Path, root: Path, remote: RemoteCheckpoints | None) -> None:
+def _refuse_another_run(run_dir: Path, root: Path, remote: RemoteCheckpoints | None, fingerprint: str) -> None:
     here, there = list_checkpoints(root), remote.list() if remote else []
     if not here and not there:
+        return
+    if _newest_fingerprint(root, remote) == fingerprint:  # begun on another machine, or its run.json is lost
         return
     steps = [c.step for c in here if c.complete] + [c.step for c in there if c.complete]
     where = f"step {max(steps)}" if steps else "no complete checkpoint"
@@ -200,6 +202,17 @@ def _refuse_another_run(run_dir: Path, root: Path, remote: RemoteCheckpoints | N
         "a new training.run_name, add --resume to go on from its last checkpoint, or --force to begin again and delete its "
         "checkpoints"
     )
+
+
+def _newest_fingerprint(root: Path, remote: RemoteCheckpoints | None) -> str | None:
+    """The fingerprint that the newest complete checkpoint, here or on S3, was saved under; None where there is none."""
+    here = [c for c in list_checkpoints(root) if c.complete]
+    if remote:
+        for checkpoint in reversed([c for c in remote.list() if c.complete and (not here or c.step > here[-1].step)]):
+            # One whose marker is not for its state is passed over, as fetch_newest does.
+            with suppress(ValueError):
+                return str(remote.state(checkpoint.step)["fingerprint"])
+    return str(here[-1].state["fingerprint"]) if here else None
 
 
 def worker(config: dict[str, Any]) -> None:
