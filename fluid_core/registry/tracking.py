@@ -29,28 +29,47 @@ logger = logging.getLogger(__name__)
 
 PARENT_RUN_ENV = "FLUID_PARENT_RUN_ID"
 SPOOL = "tracking-spool"
+RUN_TAG = "fluid.run"
 Event = dict[str, Any]
 _STOP: Event = {"kind": "stop"}
 _ATTEMPTS = 3
 
 
 class _Run:
-    """An MLflow run and the way of one event into it. Everything here may raise."""
+    """An MLflow run and the way of one event into it. Everything here may raise.
+
+    The run is the one that carries the header's RUN_TAG: made by an earlier tracker, on this side of a kill or on the other, or
+    else by this one.
+    """
 
     def __init__(self, header: dict[str, Any]):
+        from mlflow.entities import RunTag
+
         self.client = mlflow_client(header["uri"])
-        self.run_id: str = header.get("run_id") or ""
+        self.run_id: str = header["run_id"] or ""
         if not self.run_id:
-            tags = dict(header["tags"])
-            if header["parent_run_id"]:
-                tags["mlflow.parentRunId"] = header["parent_run_id"]
-            experiment = experiment_id(self.client, header["experiment"])
-            run = self.client.create_run(experiment, run_name=header["run_name"], tags=tags, start_time=header["start_time"])
-            self.run_id = run.info.run_id
+            experiment, tags = experiment_id(self.client, header["experiment"]), header["tags"]
+            self.run_id = self._find(experiment, tags)
+            if self.run_id:
+                self.client.log_batch(self.run_id, tags=[RunTag(k, v) for k, v in tags.items()])
+            else:
+                run = self.client.create_run(
+                    experiment, run_name=header["run_name"], tags=tags, start_time=header["start_time"]
+                )
+                self.run_id = run.info.run_id
             header["run_id"] = self.run_id
-        elif not header.get("resumed"):
+        if not header.get("resumed"):
             self.client.update_run(self.run_id, status="RUNNING")
             header["resumed"] = True
+
+    def _find(self, experiment: str, tags: dict[str, str]) -> str:
+        if RUN_TAG not in tags:  # from a spool of an earlier Fluid
+            return ""
+        # The oldest: had two trackers made one at the same moment, all that come after agree.
+        found = self.client.search_runs(
+            [experiment], f"tags.`{RUN_TAG}` = '{tags[RUN_TAG]}'", max_results=1, order_by=["attributes.start_time ASC"]
+        )
+        return found[0].info.run_id if found else ""
 
     def apply(self, event: Event) -> None:
         from mlflow.entities import Dataset, DatasetInput, Metric, Param, RunTag
@@ -94,6 +113,7 @@ class Tracker:
         uri: `sqlite:///path.db` (artifacts go to `mlartifacts` beside it) or the address of a tracking server.
         parent_run_id: makes this a child run; by default the environment's FLUID_PARENT_RUN_ID.
         run_id: go on with this run instead of starting one.
+        key: trackers of one key write into one run, whichever of them reaches MLflow first.
         spool_dir: where events wait while MLflow is away; by default `tracking-spool` beside the SQLite file.
     """
 
@@ -106,17 +126,21 @@ class Tracker:
         tags: dict[str, str] | None = None,
         spool_dir: str | Path | None = None,
         run_id: str | None = None,
+        key: str | None = None,
         retry_seconds: float = 5.0,
     ):
-        parent = parent_run_id or os.environ.get(PARENT_RUN_ENV) or None
+        own = {RUN_TAG: key or uuid.uuid4().hex}
+        parent = parent_run_id or os.environ.get(PARENT_RUN_ENV)
+        if parent and parent != run_id:
+            own["mlflow.parentRunId"] = parent
         self._header: dict[str, Any] = {
             "uri": absolute_uri(uri),
             "experiment": experiment,
             "run_name": run_name,
-            "parent_run_id": None if parent == run_id else parent,
-            "tags": {str(k): str(v) for k, v in (tags or {}).items()},
+            "tags": {str(k): str(v) for k, v in (tags or {}).items()} | own,
             "start_time": _now(),
             "run_id": run_id,
+            "resumed": False,
         }
         root = artifact_root(uri)
         self._spool_root = Path(spool_dir or (Path(root).parent if root else Path(tempfile.gettempdir())) / SPOOL)
@@ -133,8 +157,8 @@ class Tracker:
 
     @property
     def run_id(self) -> str | None:
-        """The run's id; waits for MLflow up to 30 s, then None (the run is created when MLflow is back)."""
-        if self._header["run_id"] is None:
+        """The run's id; waits for MLflow up to 30 s, and after close() no more, then None (the run is created when it is back)."""
+        if self._header["run_id"] is None and not self._closed:
             self._connected.wait(30.0)
         return self._header["run_id"]
 
@@ -235,12 +259,17 @@ class Tracker:
         self._connected.set()
         for left in _Spool.left_behind(self._spool_root):
             try:
-                other = _Run(left.header())
-                left.replay(lambda event, other=other: self._deliver(other, event))  # type: ignore[misc]
+                other = _Run(left.header() | {"resumed": True})
+                left.replay(lambda event, other=other: self._deliver_left(other, event))  # type: ignore[misc]
             except Exception as error:
                 logger.warning("the tracking spool %s could not be sent: %s", left.folder, error)
             finally:
                 left.release()
+
+    def _deliver_left(self, other: _Run, event: Event) -> bool:
+        """As `_deliver`, except that a run that goes on here has not ended, whatever was so when the event was left."""
+        goes_on = other.run_id == self._header["run_id"]
+        return (goes_on and event["kind"] == "end") or self._deliver(other, event)
 
     def _deliver(self, run: _Run, event: Event) -> bool:
         """True when the event is done with: sent, or refused by MLflow for what it says. False: MLflow is away, or takes nothing.

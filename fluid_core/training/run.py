@@ -90,6 +90,7 @@ def pretrain(recipe: Recipe, fingerprint: str, resume: bool = False, fresh: bool
             fingerprint=fingerprint,
             tracking_uri=record["tracking_uri"],
             tracking_run_id=record["tracking_run_id"],
+            tracking_key=record["tracking_key"],
         )
         # In this order: starting Ray puts a handler of its own in the place of ours.
         with nullcontext() if under_torchrun() else ray_session(), _stop_on_signals(run_dir) as signalled:
@@ -174,17 +175,20 @@ def _claim(
         "tracking_uri": absolute_uri(recipe.registry.tracking_uri),
         "checkpoints": remote.uri if remote else str(root.resolve()),
     }
+    # Before MLflow is asked: whoever reaches it first, now or after a kill, makes the one run of this key.
+    record.setdefault("tracking_key", uuid.uuid4().hex)
+    write_json_atomic(path, record)
     tags = {"fluid.stage": "pretrain", "fluid.fingerprint": fingerprint, "fluid.code": code_version()}
     tracker = Tracker(
         record["tracking_uri"], recipe.registry.experiment, recipe.training_dir.name, run_id=record["tracking_run_id"],
-        tags=tags, spool_dir=run_dir.parent / SPOOL,
+        key=record["tracking_key"], tags=tags, spool_dir=run_dir.parent / SPOOL,
     )  # fmt: skip
     tracker.set_tags(tags)  # a run that goes on may do so with newer code
     tracker.log_params(recipe.model_dump(mode="json"))
     for data in sorted({item.path for item in recipe.mixture}):
         tracker.log_dataset(Path(data).name, EncodedDataset(data).manifest.hash, data)
-    record["tracking_run_id"] = tracker.run_id
     tracker.close("FINISHED")
+    record["tracking_run_id"] = tracker.run_id
     write_json_atomic(path, record)
     return record
 

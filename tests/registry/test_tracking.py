@@ -93,6 +93,35 @@ def test_the_next_tracker_sends_what_one_left_behind(uri: str, tmp_path: Path) -
     assert not list(spool.iterdir())
 
 
+def test_trackers_of_one_key_write_one_run(uri: str, tmp_path: Path) -> None:
+    """A driver that MLflow never answered, and the worker that reaches it first: what the driver left lands in the worker's run."""
+    blocker = tmp_path / "runs"
+    blocker.write_text("in the way")
+    spool = tmp_path / "spool"
+    driver = Tracker(uri, "unit", "run", parent_run_id="workflow", tags={"a": "1"}, spool_dir=spool, key="k", retry_seconds=0.2)
+    driver.log_params({"width": 8})
+    driver.close(timeout=300)
+    assert driver.run_id is None
+    blocker.unlink()
+    with Tracker(uri, "unit", "run", spool_dir=spool, key="k") as worker:
+        _run_id(worker)
+        worker.log_metrics({"loss": 1.0}, 1)
+        client = mlflow_client(uri)
+        deadline = time.monotonic() + 300
+        while not client.get_run(worker.run_id or "").data.params:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        assert client.get_run(worker.run_id or "").info.status == "RUNNING", "the driver's end is not the run's"
+    with Tracker(uri, "unit", "run", spool_dir=spool, key="another"):
+        pass
+    runs = client.search_runs([client.get_experiment_by_name("unit").experiment_id])
+    assert len(runs) == 2
+    (run,) = [run for run in runs if run.data.tags["fluid.run"] == "k"]
+    assert run.info.run_id == worker.run_id and run.info.status == "FINISHED"
+    assert run.data.params == {"width": "8"} and run.data.metrics == {"loss": 1.0}
+    assert run.data.tags["a"] == "1" and run.data.tags["mlflow.parentRunId"] == "workflow"
+
+
 def test_a_refused_event_does_not_block_the_rest(uri: str, tmp_path: Path) -> None:
     with Tracker(uri, "unit", "run") as tracker:
         _run_id(tracker)
