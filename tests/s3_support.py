@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 ACCESS_KEY, SECRET_KEY = "fluid-test", "fluid-test-secret"
+READER_KEY, READER_SECRET = "fluid-reader", "fluid-reader-secret"
 BUCKET = "fluid"
 
 
@@ -52,9 +53,12 @@ def seaweed(folder: Path) -> Iterator[str]:
     import boto3
     from botocore.exceptions import BotoCoreError, ClientError
 
-    identity = {"name": "test", "credentials": [{"accessKey": ACCESS_KEY, "secretKey": SECRET_KEY}], "actions": ["Admin"]}
+    identities = [
+        {"name": "test", "credentials": [{"accessKey": ACCESS_KEY, "secretKey": SECRET_KEY}], "actions": ["Admin"]},
+        {"name": "reader", "credentials": [{"accessKey": READER_KEY, "secretKey": READER_SECRET}], "actions": ["Read", "List"]},
+    ]
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "s3.json").write_text(json.dumps({"identities": [identity]}))
+    (folder / "s3.json").write_text(json.dumps({"identities": identities}))
     names = ("master", "volume", "filer", "s3", "webdav", "admin")
     ports = dict(zip(names, free_ports(len(names)), strict=True))
     command = [

@@ -54,6 +54,7 @@ class RunSettings:
     fingerprint: str
     tracking_uri: str
     tracking_run_id: str | None = None
+    tracking_key: str | None = None
     resume: bool = True
 
 
@@ -131,6 +132,7 @@ class TrainingLoop:
                 self.recipe.registry.experiment,
                 self.run_dir.name,
                 run_id=self.settings.tracking_run_id,
+                key=self.settings.tracking_key,
                 spool_dir=self.run_dir.parent / SPOOL,
             )
         if self.training.sample_prompts:

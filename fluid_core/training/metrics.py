@@ -16,10 +16,20 @@ BINS = 5
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     """The lines of a metrics.jsonl; a last line that was cut off by a kill is left out."""
     path = Path(path)
-    if not path.is_file():
-        return []
-    lines = path.read_text().split("\n")
-    return [json.loads(line) for line in lines[:-1] if line]
+    return parse_metrics(path.read_text()) if path.is_file() else []
+
+
+def parse_metrics(text: str) -> list[dict[str, Any]]:
+    """The lines of a metrics.jsonl's text, as `read_metrics`."""
+    return [json.loads(line) for line in text.split("\n")[:-1] if line]
+
+
+def write_metrics(path: Path, lines: Iterable[dict[str, Any]]) -> None:
+    """Replace a metrics.jsonl: a reader, and a start after a kill, find the old file or the new one."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with open(temporary, "w") as file:
+        file.writelines(json.dumps(line) + "\n" for line in lines)
+    os.replace(temporary, path)
 
 
 class MetricsFile:
@@ -27,11 +37,7 @@ class MetricsFile:
 
     def __init__(self, path: Path, resume_step: int):
         self.path = path
-        kept = [line for line in read_metrics(path) if line["step"] <= resume_step]
-        temporary = path.with_name(f".{path.name}.tmp")
-        with open(temporary, "w") as file:
-            file.writelines(json.dumps(line) + "\n" for line in kept)
-        os.replace(temporary, path)
+        write_metrics(path, [line for line in read_metrics(path) if line["step"] <= resume_step])
         self._file = open(path, "a", buffering=1)  # noqa: SIM115 - a line at a time, for the life of the run
 
     def write(self, values: dict[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
     s3://bucket/prefix/step_00000250/rank_00000.safetensors, state.json, _PINNED     as in the local folder
                                      _COMPLETE                                       written last, deleted first
+    s3://bucket/prefix/metrics.jsonl, validation.jsonl     hold every line up to the newest complete checkpoint
 
 A checkpoint is saved locally first (checkpoint.py), and the training thread knows nothing more about it. A thread of rank 0
 compares the local folder with S3 and copies what S3 lacks, newest first. It has no list of its own of what was copied: S3's
@@ -24,12 +25,14 @@ from typing import Any
 
 from fluid_core.data.storage import CHUNK_BYTES, AccessError, TransientError, open_storage
 from fluid_core.training.checkpoint import COMPLETE, PINNED, STATE, Checkpoint, latest_complete, list_checkpoints, retained
+from fluid_core.training.metrics import parse_metrics, read_metrics, write_metrics
 from fluid_core.workflow.stage import replace_folder
 
 FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 5.0, 60.0
 FINISH_SECONDS = 1800.0
 """How long the end of a run waits for its last copies."""
 
+HISTORY = ("metrics.jsonl", "validation.jsonl")
 WRITER = "_WRITER"
 LEASE_SECONDS, RENEW_SECONDS, SETTLE_SECONDS = 120.0, 20.0, 2.0
 
@@ -148,8 +151,28 @@ class RemoteCheckpoints:
             shutil.rmtree(work, ignore_errors=True)
         return Checkpoint(target, checkpoint.step)
 
+    def push_history(self, run_dir: Path) -> None:
+        """Copy the run's lines of metrics up."""
+        for name in HISTORY:
+            if (run_dir / name).is_file():
+                self._storage.put_bytes((run_dir / name).read_bytes(), name, overwrite=True)
+
+    def fetch_history(self, run_dir: Path) -> None:
+        """Add to the run's files the lines of steps that they lack; what they hold stays as it is."""
+        for name in HISTORY:
+            here = read_metrics(run_dir / name)
+            known = {line["step"] for line in here}
+            there = parse_metrics((self._storage.read_or_none(name) or b"").decode())
+            missing = [line for line in there if line["step"] not in known]
+            if missing:
+                write_metrics(run_dir / name, sorted(here + missing, key=lambda line: line["step"]))
+
+    def remove_history(self) -> None:
+        for name in HISTORY:
+            self._storage.delete(name)
+
     def distrust(self, step: int) -> None:
-        """Take the marker from a checkpoint that turned out to be damaged."""
+        """Take the marker from a checkpoint that turned out to be damaged; for the holder of the WriterLease alone."""
         self._storage.delete(f"{_folder(step)}/{COMPLETE}")
 
     def pin(self, step: int) -> None:
@@ -229,10 +252,11 @@ def _is_gone(holder: dict[str, Any]) -> bool:
     return bool(time.time() - holder.get("alive", 0.0) > LEASE_SECONDS)
 
 
-def fetch_newest(remote: RemoteCheckpoints, root: Path, report: Report) -> None:
+def fetch_newest(remote: RemoteCheckpoints, root: Path, report: Report, writer: bool = False) -> None:
     """Bring the newest checkpoint of S3 that can be trusted to `root`, unless `root` has that one or a newer one.
 
-    What is passed over is reported, and is not taken for complete again.
+    What is passed over is reported. The `writer`, who holds the prefix's lease, also sees to it that it is not taken for complete
+    again. A reader changes nothing on S3: a run may be replacing the checkpoint at this moment, and keys may allow reading alone.
     """
     mine = latest_complete(root, verify=True, report=report)
     for checkpoint in reversed(remote.list()):
@@ -243,9 +267,12 @@ def fetch_newest(remote: RemoteCheckpoints, root: Path, report: Report) -> None:
             continue
         try:
             remote.fetch(checkpoint, root)
-        except ValueError as error:
-            remote.distrust(checkpoint.step)
-            report(f"passing over {checkpoint.uri}: {error}")
+        except (ValueError, FileNotFoundError) as error:
+            if writer:
+                remote.distrust(checkpoint.step)
+                report(f"passing over {checkpoint.uri}: {error}")
+            else:
+                report(f"passing over {checkpoint.uri} for the one before: {error}; if a run is replacing it, try again later")
             continue
         report(f"fetched {checkpoint.uri}")
         return
@@ -255,7 +282,7 @@ class Uploader:
     """Keeps S3 like the local folder, in a thread of its own: see the module's text.
 
     Args:
-        root: the local folder.
+        root: the local folder; the run's lines of metrics are beside it.
         keep_last, keep_every: what stays on S3; pinned checkpoints always do.
     """
 
@@ -339,6 +366,7 @@ class Uploader:
             complete = found is not None and found.complete
             if not complete or (self._on_s3.get(checkpoint.step) or self._remote.marker(checkpoint.step)) != marker:
                 self._on_s3.pop(checkpoint.step, None)
+                self._remote.push_history(self._root.parent)  # first: no complete checkpoint is without the lines up to it
                 self._remote.push(checkpoint)
             elif found is not None and checkpoint.pinned and not found.pinned:
                 self._remote.pin(checkpoint.step)

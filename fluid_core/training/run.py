@@ -12,7 +12,7 @@ import sys
 import threading
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from fluid_core.config import Recipe
 from fluid_core.data.storage import absolute
 from fluid_core.entry import WorkFailed, keep_freed_memory, ray_session
 from fluid_core.latents.reader import EncodedDataset
+from fluid_core.registry.lineage import code_version
 from fluid_core.registry.tracking import SPOOL, Tracker
 from fluid_core.training.checkpoint import PINNED, list_checkpoints
 from fluid_core.training.loader import Slicing, check_datasets
@@ -86,8 +87,10 @@ def pretrain(
         remote = RemoteCheckpoints(uri) if uri else None
         record = _claim(recipe, run_dir, root, remote, fingerprint, resume, fresh)
         if remote:
-            # Before the workers start: they would be taken for hung while they wait for a download.
-            fetch_newest(remote, root, report=lambda text: say(run_dir, text))
+            # Before the workers start: they would be taken for hung while they wait for a download. The lines of metrics come
+            # first: after a kill between the two the checkpoint is still to be fetched, and they with it.
+            remote.fetch_history(run_dir)
+            fetch_newest(remote, root, report=lambda text: say(run_dir, text), writer=True)
         begin()
         for name in (STOP_FILE, FAILED_FILE, "result.json"):
             (run_dir / name).unlink(missing_ok=True)
@@ -96,6 +99,7 @@ def pretrain(
             fingerprint=fingerprint,
             tracking_uri=record["tracking_uri"],
             tracking_run_id=record["tracking_run_id"],
+            tracking_key=record["tracking_key"],
         )
         # In this order: starting Ray puts a handler of its own in the place of ours.
         with nullcontext() if under_torchrun() else ray_session(), _stop_on_signals(run_dir) as signalled:
@@ -162,11 +166,12 @@ def _claim(
         if remote:
             for checkpoint in remote.list():
                 remote.remove(checkpoint)
+            remote.remove_history()
         for name in ("metrics.jsonl", "validation.jsonl", "strikes.jsonl", ROLLBACK_FILE, NOTICES, "result.json", "run.json"):
             (run_dir / name).unlink(missing_ok=True)
         record = None
     elif not resume and (record is None or record["fingerprint"] != fingerprint):
-        _refuse_another_run(run_dir, root, remote)
+        _refuse_another_run(run_dir, root, remote, fingerprint)
     if record is None or (record["fingerprint"] != fingerprint and not resume):
         record = {"fingerprint": fingerprint, "tracking_run_id": None}
     from fluid_core.registry.mlflow_client import absolute_uri
@@ -176,24 +181,29 @@ def _claim(
         "tracking_uri": absolute_uri(recipe.registry.tracking_uri),
         "checkpoints": remote.uri if remote else str(root.resolve()),
     }
+    # Before MLflow is asked: whoever reaches it first, now or after a kill, makes the one run of this key.
+    record.setdefault("tracking_key", uuid.uuid4().hex)
+    write_json_atomic(path, record)
     tags = {"fluid.stage": "pretrain", "fluid.fingerprint": fingerprint, "fluid.code": code_version()}
     tracker = Tracker(
         record["tracking_uri"], recipe.registry.experiment, recipe.training_dir.name, run_id=record["tracking_run_id"],
-        tags=tags, spool_dir=run_dir.parent / SPOOL,
+        key=record["tracking_key"], tags=tags, spool_dir=run_dir.parent / SPOOL,
     )  # fmt: skip
     tracker.set_tags(tags)  # a run that goes on may do so with newer code
     tracker.log_params(recipe.model_dump(mode="json"))
     for data in sorted({item.path for item in recipe.mixture}):
         tracker.log_dataset(Path(data).name, EncodedDataset(data).manifest.hash, data)
-    record["tracking_run_id"] = tracker.run_id
     tracker.close("FINISHED")
+    record["tracking_run_id"] = tracker.run_id
     write_json_atomic(path, record)
     return record
 
 
-def _refuse_another_run(run_dir: Path, root: Path, remote: RemoteCheckpoints | None) -> None:
+def _refuse_another_run(run_dir: Path, root: Path, remote: RemoteCheckpoints | None, fingerprint: str) -> None:
     here, there = list_checkpoints(root), remote.list() if remote else []
     if not here and not there:
+        return
+    if _newest_fingerprint(root, remote) == fingerprint:  # begun on another machine, or its run.json is lost
         return
     steps = [c.step for c in here if c.complete] + [c.step for c in there if c.complete]
     where = f"step {max(steps)}" if steps else "no complete checkpoint"
@@ -204,23 +214,15 @@ def _refuse_another_run(run_dir: Path, root: Path, remote: RemoteCheckpoints | N
     )
 
 
-def code_version() -> str:
-    """The package's version, with the git commit where the code is a checkout."""
-    import subprocess
-    from importlib.metadata import PackageNotFoundError, version
-
-    try:
-        package = version("fluid-t2i")
-    except PackageNotFoundError:
-        package = "source"
-    root = Path(__file__).resolve().parents[2]
-    if (root / ".git").exists():
-        out = subprocess.run(
-            ["git", "-C", str(root), "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=False
-        )
-        if out.returncode == 0:
-            return f"{package}+{out.stdout.strip()}"
-    return package
+def _newest_fingerprint(root: Path, remote: RemoteCheckpoints | None) -> str | None:
+    """The fingerprint that the newest complete checkpoint, here or on S3, was saved under; None where there is none."""
+    here = [c for c in list_checkpoints(root) if c.complete]
+    if remote:
+        for checkpoint in reversed([c for c in remote.list() if c.complete and (not here or c.step > here[-1].step)]):
+            # One whose marker is not for its state is passed over, as fetch_newest does.
+            with suppress(ValueError):
+                return str(remote.state(checkpoint.step)["fingerprint"])
+    return str(here[-1].state["fingerprint"]) if here else None
 
 
 def worker(config: dict[str, Any]) -> None:

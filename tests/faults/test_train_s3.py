@@ -86,6 +86,14 @@ def test_killed_between_the_last_file_and_the_marker(proxy: FaultyProxy, reposit
     command += ["--resume", "--set", "training.max_steps=6"]
     status, out = Program(command, tmp_path / "resumed.log", environment, repository).end()
     assert status == 0 and f"fetched {uri}/step_00000004" in out, out
-    assert [line["step"] for line in read_metrics(recipe.training_dir / "metrics.jsonl")] == [5, 6]
+    assert [line["step"] for line in read_metrics(recipe.training_dir / "metrics.jsonl")] == [1, 2, 3, 4, 5, 6]
+    assert [line["step"] for line in read_metrics(recipe.training_dir / "validation.jsonl")] == [3, 4, 6]
     assert [(c.step, remote.problem(c)) for c in remote.list()] == [(2, None), (4, None), (6, None)]
     assert yaml.safe_load((recipe.training_dir / "run.json").read_text())["checkpoints"] == uri
+
+    # A third machine: the newest checkpoint is of this very recipe, so no word is needed.
+    shutil.rmtree(recipe.training_dir)
+    command.remove("--resume")
+    status, out = Program(command, tmp_path / "by_itself.log", environment, repository).end()
+    assert status == 0 and f"fetched {uri}/step_00000006" in out, out
+    assert [line["step"] for line in read_metrics(recipe.training_dir / "metrics.jsonl")] == [1, 2, 3, 4, 5, 6]

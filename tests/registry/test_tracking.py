@@ -2,8 +2,13 @@
 
 import json
 import sqlite3
+import subprocess
+import sys
+import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -93,6 +98,35 @@ def test_the_next_tracker_sends_what_one_left_behind(uri: str, tmp_path: Path) -
     assert not list(spool.iterdir())
 
 
+def test_trackers_of_one_key_write_one_run(uri: str, tmp_path: Path) -> None:
+    """A driver that MLflow never answered, and the worker that reaches it first: what the driver left lands in the worker's run."""
+    blocker = tmp_path / "runs"
+    blocker.write_text("in the way")
+    spool = tmp_path / "spool"
+    driver = Tracker(uri, "unit", "run", parent_run_id="workflow", tags={"a": "1"}, spool_dir=spool, key="k", retry_seconds=0.2)
+    driver.log_params({"width": 8})
+    driver.close(timeout=300)
+    assert driver.run_id is None
+    blocker.unlink()
+    with Tracker(uri, "unit", "run", spool_dir=spool, key="k") as worker:
+        _run_id(worker)
+        worker.log_metrics({"loss": 1.0}, 1)
+        client = mlflow_client(uri)
+        deadline = time.monotonic() + 300
+        while not client.get_run(worker.run_id or "").data.params:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        assert client.get_run(worker.run_id or "").info.status == "RUNNING", "the driver's end is not the run's"
+    with Tracker(uri, "unit", "run", spool_dir=spool, key="another"):
+        pass
+    runs = client.search_runs([client.get_experiment_by_name("unit").experiment_id])
+    assert len(runs) == 2
+    (run,) = [run for run in runs if run.data.tags["fluid.run"] == "k"]
+    assert run.info.run_id == worker.run_id and run.info.status == "FINISHED"
+    assert run.data.params == {"width": "8"} and run.data.metrics == {"loss": 1.0}
+    assert run.data.tags["a"] == "1" and run.data.tags["mlflow.parentRunId"] == "workflow"
+
+
 def test_a_refused_event_does_not_block_the_rest(uri: str, tmp_path: Path) -> None:
     with Tracker(uri, "unit", "run") as tracker:
         _run_id(tracker)
@@ -112,7 +146,7 @@ def test_metrics_are_kept_while_the_store_takes_none(uri: str, tmp_path: Path) -
         database.execute("ALTER TABLE metrics RENAME TO away")
     tracker.log_metrics({"loss": 1.0}, 1)
     deadline = time.monotonic() + 120
-    while not list(spool.glob("*/events.jsonl")):
+    while tracker._run is not None:
         assert time.monotonic() < deadline
         time.sleep(0.05)
     tracker.log_metrics({"loss": 2.0}, 2)
@@ -140,6 +174,85 @@ def test_what_a_slow_store_did_not_take_by_the_end_is_sent_by_the_next(uri: str,
     client = mlflow_client(uri)
     assert {(m.step, m.value) for m in client.get_metric_history(run_id, "loss")} == {(0, 0.0), (1, 1.0), (2, 2.0)}
     assert client.get_run(run_id).info.status == "FINISHED" and not list(spool.iterdir())
+
+
+@pytest.fixture
+def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, threading.Event]]:
+    """The address of MLflow's own server, and a switch: while it is off no request is answered."""
+    import mlflow.server
+    from werkzeug.serving import make_server
+
+    monkeypatch.setenv(mlflow.server.BACKEND_STORE_URI_ENV_VAR, f"sqlite:///{tmp_path}/server.db")
+    monkeypatch.setenv(mlflow.server.ARTIFACT_ROOT_ENV_VAR, str(tmp_path / "artifacts"))
+    monkeypatch.setattr(mlflow.server.handlers, "_tracking_store", None)
+    monkeypatch.setattr(mlflow.server.handlers, "_model_registry_store", None)
+    answers = threading.Event()
+
+    def slow(environ: dict[str, Any], start: Any) -> Any:
+        answers.wait()
+        return mlflow.server.app(environ, start)
+
+    web = make_server("127.0.0.1", 0, slow, threaded=True)
+    threading.Thread(target=web.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{web.port}", answers
+    answers.set()
+    web.shutdown()
+
+
+_LOGS_AND_HANGS = """
+import sys, time
+from fluid_core.registry.tracking import Tracker
+
+tracker = Tracker(sys.argv[1], "unit", "killed", spool_dir=sys.argv[2])
+if sys.argv[3] == "connected":
+    while tracker.run_id is None: pass
+print("ready", flush=True)
+sys.stdin.readline()
+start = time.monotonic()
+for step in range(100):
+    tracker.log_metrics({"loss": float(step)}, step)
+print(time.monotonic() - start, flush=True)
+time.sleep(600)
+"""
+
+
+@pytest.mark.parametrize("before", ["connected", "never connected"])
+def test_a_kill_while_the_server_hangs_loses_nothing(
+    server: tuple[str, threading.Event], repository: Path, tmp_path: Path, before: str
+) -> None:
+    (uri, answers), spool = server, tmp_path / "spool"
+    if before == "connected":
+        answers.set()
+    child = subprocess.Popen(
+        [sys.executable, "-c", _LOGS_AND_HANGS, uri, str(spool), before], cwd=repository, text=True,
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+    )  # fmt: skip
+    assert child.stdin and child.stdout and child.stdout.readline() == "ready\n"
+    answers.clear()
+    print(file=child.stdin, flush=True)
+    assert float(child.stdout.readline()) < 5, "logging waits for nothing"
+    child.kill()
+    child.communicate()
+    answers.set()
+    with Tracker(uri, "unit", "next", spool_dir=spool) as tracker:
+        _run_id(tracker)
+    client = mlflow_client(uri)
+    runs = client.search_runs([client.get_experiment_by_name("unit").experiment_id])
+    (killed,) = [run.info.run_id for run in runs if run.info.run_name == "killed"]
+    assert {(m.step, m.value) for m in client.get_metric_history(killed, "loss")} == {(step, step) for step in range(100)}
+    assert not list(spool.iterdir())
+
+
+def test_a_disk_that_takes_nothing_does_not_keep_anything_from_mlflow(uri: str, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with Tracker(uri, "unit", "run", spool_dir=tmp_path / "file" / "spool") as tracker:
+        run_id = _run_id(tracker)
+        for step in (1, 2):
+            tracker.log_metrics({"loss": float(step)}, step)
+        tracker.log_image(np.zeros((4, 4, 3), np.uint8), "grid", 1)
+    client = mlflow_client(uri)
+    assert [m.value for m in client.get_metric_history(run_id, "loss")] == [1.0, 2.0]
+    assert client.list_artifacts(run_id, "images") and client.get_run(run_id).info.status == "FINISHED"
 
 
 def test_addresses() -> None:

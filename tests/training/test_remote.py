@@ -14,13 +14,15 @@ from typing import Any
 
 import pytest
 import torch
+from s3_support import READER_KEY, READER_SECRET
 from small_run import write_checkpoint
 
 from fluid_core.cli import main
 from fluid_core.data import storage as storage_module
-from fluid_core.data.storage import open_storage
+from fluid_core.data.storage import AccessError, open_storage
 from fluid_core.training import remote as module
 from fluid_core.training.checkpoint import list_checkpoints, pin
+from fluid_core.training.metrics import read_metrics, write_metrics
 from fluid_core.training.remote import RemoteCheckpoints, Uploader, WriterLease, fetch_newest
 from fluid_core.workflow.stage import write_json_atomic
 
@@ -74,16 +76,45 @@ def test_what_is_damaged_on_s3_is_passed_over_and_replaced(s3: str, tmp_path: Pa
     open_storage(remote.uri).delete("step_00000004/rank_00000.safetensors")
     assert "wrong checksum" in (remote.problem(remote.list()[2]) or "")
     said: list[str] = []
-    fetch_newest(remote, tmp_path / "elsewhere", said.append)
+    fetch_newest(remote, tmp_path / "elsewhere", said.append, writer=True)
     assert "rank_00001.safetensors: wrong checksum" in said[0] and "rank_00000.safetensors: missing" in said[1]
     (found,) = list_checkpoints(tmp_path / "elsewhere")
     assert found.step == 2 and found.problem() is None and not list((tmp_path / "elsewhere").glob(".*"))
     # A local one that is whole is as good or better: nothing is fetched. And it mends S3.
     said.clear()
-    fetch_newest(remote, root, said.append)
+    fetch_newest(remote, root, said.append, writer=True)
     assert not said
     assert Uploader(root, remote, 3, None).finish(300) and steps(remote) == [2, 4, 6]
     assert all(remote.problem(c) is None for c in remote.list())
+
+
+def test_a_reader_passes_over_what_is_damaged_and_leaves_it_alone(
+    s3: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As `fluid export s3://...` and a promotion do, here with keys that may only read."""
+    uri, root = f"{s3}/read", tmp_path / "here"
+    remote = RemoteCheckpoints(uri)
+    for step in (2, 4, 6):
+        remote.push(write_checkpoint(root, step))
+    storage = open_storage(uri)
+    storage.put_bytes((root / "step_00000002" / "state.json").read_bytes(), "step_00000006/state.json", overwrite=True)
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", READER_KEY)
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", READER_SECRET)
+    reader = RemoteCheckpoints(uri)
+    with pytest.raises(AccessError):
+        reader.pin(2)
+    said: list[str] = []
+    # The files of step 4 go away between the listing and the download, as when a run replaces it.
+    listed = reader.list()
+    monkeypatch.setattr(reader, "list", lambda: listed)
+    storage.delete("step_00000004/rank_00000.safetensors")
+    fetch_newest(reader, tmp_path / "elsewhere", said.append)
+    assert [c.step for c in list_checkpoints(tmp_path / "elsewhere")] == [2]
+    assert [line.partition(": ")[0] for line in said[:2]] == [
+        f"passing over {uri}/step_0000000{step} for the one before" for step in (6, 4)
+    ]
+    assert said[2] == f"fetched {uri}/step_00000002"
+    assert steps(remote) == [2, 4, 6], "every marker is still there"
 
 
 def test_a_local_file_that_rotted_is_not_copied(s3: str, tmp_path: Path) -> None:
@@ -94,6 +125,36 @@ def test_a_local_file_that_rotted_is_not_copied(s3: str, tmp_path: Path) -> None
     said: list[str] = []
     assert Uploader(tmp_path, remote, 3, None, said.append).finish(300)
     assert steps(remote) == [2] and len(said) == 1 and "wrong checksum" in said[0]
+
+
+def test_lines_of_metrics_are_on_s3_before_the_checkpoint_is(s3: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    uri, here, elsewhere = f"{s3}/history", tmp_path / "here", tmp_path / "elsewhere"
+    remote = RemoteCheckpoints(uri)
+    write_checkpoint(here / "checkpoints", 2)
+    write_metrics(here / "metrics.jsonl", [{"step": step, "loss": step / 3} for step in (1, 2, 3)])
+    (here / "validation.jsonl").write_text('{"step": 2}\n{"ste')  # killed while it wrote
+    said: list[str] = []
+    monkeypatch.setattr(module, "FIRST_PAUSE_SECONDS", 0.05)
+    with monkeypatch.context() as broken:
+        broken.setattr(RemoteCheckpoints, "push", lambda *_: 1 / 0)  # the process might as well have died here
+        uploader = Uploader(here / "checkpoints", remote, 3, None, said.append)
+        _until(lambda: said)
+        assert not steps(remote) and open_storage(uri).read_or_none("metrics.jsonl")
+    assert uploader.finish(300) and steps(remote) == [2]
+    elsewhere.mkdir()
+    remote.fetch_history(elsewhere)
+    assert read_metrics(elsewhere / "metrics.jsonl") == read_metrics(here / "metrics.jsonl")
+    assert read_metrics(elsewhere / "validation.jsonl") == [{"step": 2}]
+    # The first machine comes back after the run went on elsewhere: it gets what it lacks, and its own lines stay.
+    write_metrics(here / "metrics.jsonl", [{"step": 1, "loss": 7.0}])
+    remote.fetch_history(here)
+    assert read_metrics(here / "metrics.jsonl") == [{"step": 1, "loss": 7.0}, *read_metrics(elsewhere / "metrics.jsonl")[1:]]
+    # Where nothing is missing the file is left alone: a run may have it open.
+    before = (here / "metrics.jsonl").stat()
+    remote.fetch_history(here)
+    assert (here / "metrics.jsonl").stat() == before
+    remote.remove_history()
+    assert [item.name for item in open_storage(uri).list() if not item.name.startswith("step_")] == []
 
 
 def _until(holds: Callable[[], Any]) -> None:
