@@ -13,14 +13,17 @@ from tiny_fluid import tiny_pipeline
 
 from fluid_core.config import ServingConfig
 from fluid_core.data.storage import open_storage
+from fluid_core.registry.models import resolve_model
 from fluid_core.serving import keys
 from fluid_core.serving.batch_rows import LineError, parse_body, parse_envelope
 from fluid_core.serving.errors import ApiError
 from fluid_core.serving.generator import Generator
 from fluid_core.serving.http import ARRIVING, BodyLimit
 from fluid_core.serving.keys import Authenticator, RateLimiter, load_keys, new_key
-from fluid_core.serving.ledger import JobLedger, plan_lines, read_chunk
+from fluid_core.serving.ledger import JobLedger, json_line, plan_lines, read_chunk
+from fluid_core.serving.offline import make_chunk
 from fluid_core.serving.provenance import png_bytes, read_provenance
+from fluid_core.serving.requests import ServedModel
 from fluid_core.serving.safety import BlockList, load_safety_hook
 from fluid_core.serving.tasks import ImageTask
 
@@ -113,6 +116,8 @@ def test_batch_lines() -> None:
         (b'{"custom_id": "a", "body": {}, "more": 1}', "unknown_field"),
         (b'{"custom_id": 7, "body": {}}', "missing_required_parameter"),
         (b'{"prompt": "x"}', "unknown_field"),
+        (rb'{"custom_id": "\ud800", "body": {"prompt": "x"}}', "invalid_json_line"),
+        (b"[" * 200_000, "invalid_json_line"),
     ):
         with pytest.raises(LineError) as caught:
             parse_envelope(line, 1, plain=False)
@@ -122,6 +127,17 @@ def test_batch_lines() -> None:
     with pytest.raises(ApiError):
         parse_body({"prompt": "x", "stream": True}, "a", 1)
     assert json.loads(parse_body({"prompt": "x", "seed": 5}, "a", 1).model_dump_json())["seed"] == 5
+
+
+def test_an_offline_job_keeps_unreadable_lines_apart(tmp_path: Path) -> None:
+    tiny_pipeline(tmp_path).save_pretrained(tmp_path / "bundle")
+    recipe = small_recipe(tmp_path, model=str(tmp_path / "bundle"))
+    served = ServedModel(resolve_model(recipe.serving.model, recipe.registry), recipe)
+    lines = [rb'{"prompt": "x", "\ud800": 1}', b'{"prompt": "a red circle", "steps": 1}', b"[" * 200_000]
+    good, bad = make_chunk(served, BlockList(), recipe, open_storage(str(tmp_path / "out")), 0, 0, lines, "job")
+    assert [row["line"] for row in good] == [2]
+    assert [(row["line"], row["error"]["code"]) for row in bad] == [(1, "invalid_json_line"), (3, "invalid_json_line")]
+    assert len([json_line(row) for row in good + bad]) == 3
 
 
 def test_uploads_that_arrive_are_bounded() -> None:
