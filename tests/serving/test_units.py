@@ -12,7 +12,7 @@ from serving_support import small_recipe
 from tiny_fluid import tiny_pipeline
 
 from fluid_core.config import ServingConfig
-from fluid_core.data.storage import open_storage
+from fluid_core.data.storage import LocalStorage, open_storage
 from fluid_core.registry.models import resolve_model
 from fluid_core.serving import keys
 from fluid_core.serving.batch_rows import LineError, parse_body, parse_envelope
@@ -101,11 +101,27 @@ def test_the_ledger_commits_a_chunk_once(tmp_path: Path) -> None:
     assert ledger.commit(1, b"one\n", b"", 1, 0, 0.1, "m") and not ledger.commit(1, b"two\n", b"", 1, 0, 0.1, "m")
     assert ledger.commit(0, b"zero\n", b"bad\n", 1, 1, 0.1, "m")
     assert list(ledger.results("output", ledger.committed().values())) == [b"zero\n", b"one\n"]
-    (tmp_path / "job/batches/x/output/000000.jsonl").write_bytes(b"zer\n")
-    with pytest.raises(ValueError, match=r"000000.jsonl is missing or damaged: delete .*_ledger/000000.json"):
+    next((tmp_path / "job/batches/x/output").glob("000000-*.jsonl")).write_bytes(b"zer\n")
+    with pytest.raises(ValueError, match=r"000000-\w+\.jsonl is missing or damaged: delete .*_ledger/000000.json"):
         list(ledger.results("output", ledger.committed().values()))
     with open(tmp_path / "empty", "wb+") as file, pytest.raises(ValueError, match="no lines"):
         plan_lines(file, 2, {})
+
+
+def test_two_gateways_that_commit_the_same_chunk_leave_one_result_that_can_be_read(tmp_path: Path) -> None:
+    """At a takeover: the second has looked for an entry and found none when the first writes its own, with other times in it."""
+    first = JobLedger(open_storage(str(tmp_path)))
+
+    class Overtaken(LocalStorage):
+        def size_or_none(self, name: str) -> int | None:
+            found = super().size_or_none(name)
+            assert first.commit(0, b"created 1\n", b"refused 1\n", 1, 1, 0.1, "m")
+            return found
+
+    assert not JobLedger(Overtaken(str(tmp_path))).commit(0, b"created 2\n", b"refused 2\n", 1, 1, 0.1, "m")
+    records = first.committed().values()
+    assert list(first.results("output", records)) == [b"created 1\n"]
+    assert list(first.results("errors", records)) == [b"refused 1\n"]
 
 
 def test_batch_lines() -> None:
