@@ -69,6 +69,7 @@ class BatchRunner:
         self._chunk_rows = max(16, places)
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._live: dict[str, RequestCounts] = {}
+        self._stopped = False
 
     async def create(self, body: BatchBody, owner: str) -> BatchObject:
         """Raises ApiError 404 when the input file is not the caller's."""
@@ -117,7 +118,7 @@ class BatchRunner:
         stops. The first look takes what a killed gateway had, the others only what nobody claims.
         """
         first, ended = True, set[str]()
-        while True:
+        while not self._stopped:
             try:
                 for batch in await asyncio.to_thread(self._all, ended):
                     if batch.status in _TERMINAL:
@@ -130,7 +131,8 @@ class BatchRunner:
             await asyncio.sleep(PAUSE_SECONDS)
 
     async def stop(self) -> None:
-        """Leave off at once; the ledger keeps what is done, and another gateway may go on."""
+        """Leave off at once and for good; the ledger keeps what is done, and another gateway may go on."""
+        self._stopped = True
         running = dict(self._tasks)
         for task in running.values():
             task.cancel()
@@ -145,6 +147,8 @@ class BatchRunner:
             logger.exception("the batches that were running could not be given up; a gateway that starts takes them")
 
     def _spawn(self, batch: _StoredBatch) -> None:
+        if self._stopped:  # nobody has claimed the batch: the next gateway takes it
+            return
         task = asyncio.create_task(self._run(batch))
         self._tasks[batch.id] = task
 

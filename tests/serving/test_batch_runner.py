@@ -92,3 +92,33 @@ def test_an_error_of_the_server_ends_the_batch_and_one_of_the_storage_does_not(b
         ]
 
     asyncio.run(run())
+
+
+def test_a_gateway_that_drains_takes_no_batch_again(batches: Batches) -> None:
+    """What it leaves, and what a client still creates there or cancels, is for the gateway that comes next."""
+
+    async def never(body: GenerationBody) -> dict[str, Any]:
+        started.set()
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    started = asyncio.Event()
+
+    async def run() -> None:
+        old = batches.runner(never)
+        watching = asyncio.create_task(old.resume_all())
+        left = await batches.create(old, [line("a")])
+        await started.wait()
+        await old.stop()
+        started.clear()
+        late = await batches.create(old, [line("b")])
+        await asyncio.wait_for(watching, 5)
+        assert not started.is_set() and (await old.get(late.id, "key:ann")).status == "validating"
+
+        new = batches.runner()
+        resuming = asyncio.create_task(new.resume_all())
+        for batch in (left, late):
+            assert (await batches.ended(new, batch)).status == "completed"
+        resuming.cancel()
+
+    asyncio.run(run())
