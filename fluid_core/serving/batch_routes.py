@@ -44,7 +44,7 @@ def batch_routes(gateway: Gateway, recipe: Recipe) -> tuple[APIRouter, BatchRunn
         # Without keys an address is no identity: behind a proxy all clients have one, and one client may have many.
         return client if recipe.serving.api_keys_file else EVERYONE
 
-    @router.post("/v1/files", response_model=FileObject, responses=_COMMON | answers(413), operation_id="create_file")
+    @router.post("/v1/files", response_model=FileObject, responses=_COMMON | answers(408, 413), operation_id="create_file")
     async def create_file(
         file: Annotated[UploadFile, File()], purpose: Annotated[Literal["batch"], Form()], client: Client
     ) -> Any:
@@ -83,7 +83,9 @@ def batch_routes(gateway: Gateway, recipe: Recipe) -> tuple[APIRouter, BatchRunn
         await asyncio.to_thread(files.delete, file_id, owner_of(client))
         return FileDeleted(id=file_id)
 
-    @router.post("/v1/batches", response_model=BatchObject, responses=_ONE | answers(503), operation_id="create_batch")
+    @router.post(
+        "/v1/batches", response_model=BatchObject, responses=_ONE | answers(408, 413, 503), operation_id="create_batch"
+    )
     async def create_batch(body: BatchBody, client: Client) -> Any:
         """Start a batch. Its images are made behind those of interactive requests."""
         if gateway.dispatcher.draining:

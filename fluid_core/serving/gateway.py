@@ -189,7 +189,7 @@ Client = Annotated[str, Depends(client_of)]
 
 
 def _add_image_routes(app: FastAPI, gateway: Gateway) -> None:
-    responses = answers(400, 401, 404, 413, 429, 500, 503, 504) | {200: _SSE}
+    responses = answers(400, 401, 404, 408, 413, 429, 500, 503, 504) | {200: _SSE}
 
     @app.post("/v1/images/generations", response_model=ImagesResponse, responses=responses, operation_id="generate")
     async def generate(body: GenerationBody, client: Client) -> Any:
@@ -199,10 +199,11 @@ def _add_image_routes(app: FastAPI, gateway: Gateway) -> None:
     @app.post(
         "/v1/images/edits", response_model=ImagesResponse, responses=responses, operation_id="edit", openapi_extra=EDIT_BODY
     )
-    async def edit(client: Client, form: Annotated[EditForm, Depends(edit_form)]) -> Any:
+    async def edit(request: Request, client: Client, form: Annotated[EditForm, Depends(edit_form)]) -> Any:
         """Parts of an image made anew: those where the mask is transparent (or white, in a mask without alpha)."""
         task = await gateway.task_of(form.body)
         task = await asyncio.to_thread(form.apply, task, gateway.info, gateway.config)
+        request.scope["fluid.release_upload"]()  # from here on max_queued bounds it
         return await _answer(gateway, task, "image_edit")
 
     @app.get("/v1/models", response_model=ModelList, responses=answers(400, 401, 429, 503), operation_id="models")

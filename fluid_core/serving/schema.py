@@ -3,7 +3,7 @@
 Settings that OpenAI has and this server has not are accepted with the value that it does anyway, and refused with another.
 """
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -122,7 +122,9 @@ class BatchBody(_Strict):
     input_file_id: str = Field(min_length=1, max_length=64)
     endpoint: Literal["/v1/images/generations"]
     completion_window: Literal["24h"]
-    metadata: dict[str, str] | None = Field(None, max_length=16)
+    metadata: dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]] | None = Field(
+        None, max_length=16
+    )
 
 
 class RequestCounts(BaseModel):

@@ -3,10 +3,13 @@
 import asyncio
 import io
 import json
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
+from fastapi import FastAPI, Request
 from PIL import Image
 from serving_support import small_recipe
 from tiny_fluid import tiny_pipeline
@@ -18,13 +21,14 @@ from fluid_core.serving import keys
 from fluid_core.serving.batch_rows import LineError, parse_body, parse_envelope
 from fluid_core.serving.errors import ApiError
 from fluid_core.serving.generator import Generator
-from fluid_core.serving.http import ARRIVING, BodyLimit
+from fluid_core.serving.http import ARRIVING, JSON_BYTES, BodyLimit, install_error_handlers
 from fluid_core.serving.keys import Authenticator, RateLimiter, load_keys, new_key
 from fluid_core.serving.ledger import JobLedger, json_line, plan_lines, read_chunk
 from fluid_core.serving.offline import make_chunk
 from fluid_core.serving.provenance import png_bytes, read_provenance
 from fluid_core.serving.requests import ServedModel
 from fluid_core.serving.safety import BlockList, load_safety_hook
+from fluid_core.serving.schema import BatchBody
 from fluid_core.serving.tasks import ImageTask
 
 
@@ -156,25 +160,24 @@ def test_an_offline_job_keeps_unreadable_lines_apart(tmp_path: Path) -> None:
     assert len([json_line(row) for row in good + bad]) == 3
 
 
-def test_uploads_that_arrive_are_bounded() -> None:
-    """Each holds its body in memory: those beyond the bound are refused until others have arrived."""
-    released, statuses = asyncio.Event(), []
+@pytest.mark.parametrize("released", [False, True])
+def test_uploads_in_work_are_bounded(released: bool) -> None:
+    """Each holds its body in memory: beyond the bound they are refused until others are answered or have let go of it."""
+    answering, statuses = asyncio.Event(), []
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
         while (await receive())["more_body"]:
             pass
+        if released:
+            scope["fluid.release_upload"]()
+        await answering.wait()
         await send({"type": "http.response.start", "status": 200, "headers": []})
 
     async def ask(limited: BodyLimit) -> None:
-        messages = iter(
-            [{"type": "http.request", "body": b"x", "more_body": True}, {"type": "http.request", "more_body": False}]
-        )
+        messages = iter([{"type": "http.request", "body": b"x", "more_body": more} for more in (True, False)])
 
         async def receive() -> Any:
-            message = next(messages)
-            if not message["more_body"]:
-                await released.wait()
-            return message
+            return next(messages)
 
         async def send(message: Any) -> None:
             if message["type"] == "http.response.start":
@@ -184,15 +187,62 @@ def test_uploads_that_arrive_are_bounded() -> None:
 
     async def run() -> None:
         limited = BodyLimit(app, 100, 100)
-        first = [asyncio.create_task(ask(limited)) for _ in range(ARRIVING)]
+        asked = [asyncio.create_task(ask(limited)) for _ in range(ARRIVING + 1)]
         await asyncio.sleep(0)
-        await ask(limited)
-        assert statuses == [429]
-        released.set()
-        await asyncio.gather(*first, ask(limited))
-        assert statuses[1:] == [200] * (ARRIVING + 1) and limited.arriving == 0
+        assert statuses == ([] if released else [429])
+        answering.set()
+        await asyncio.gather(*asked, ask(limited))
+        assert statuses.count(200) == (ARRIVING + 2 if released else ARRIVING + 1) and limited.arriving == 0
 
     asyncio.run(run())
+
+
+def test_bodies_that_are_large_or_slow_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fluid_core.serving.http.ARRIVAL_SECONDS", 0.1)
+    app = FastAPI()
+    install_error_handlers(app)
+    limits: list[BodyLimit] = []
+
+    @app.post("/{path:path}")
+    async def take(request: Request) -> int:
+        return len(await request.body())
+
+    def limit(app: Any) -> BodyLimit:
+        limits.append(BodyLimit(app, 2 * JSON_BYTES, 3 * JSON_BYTES))
+        return limits[0]
+
+    app.add_middleware(limit)
+
+    async def arriving(*parts: tuple[float, int]) -> AsyncIterator[bytes]:
+        for pause, size in parts:
+            await asyncio.sleep(pause)
+            yield b"x" * size
+
+    async def run() -> None:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:
+
+            async def status(path: str, content: Any) -> tuple[int, str]:
+                answer = await client.post(path, content=content)
+                return answer.status_code, answer.text
+
+            for path, size in (("/v1/batches", 1), ("/v1/images/edits", 2), ("/v1/files", 3)):
+                most = size * JSON_BYTES
+                assert await status(path, b"x" * most) == (200, str(most))
+                assert (await status(path, b"x" * (most + 1)))[0] == 413
+                assert (await status(path, arriving((0, most), (0, 1))))[0] == 413
+            slow, text = await status("/v1/files", arriving((0, 1), (0.5, 1)))
+            assert slow == 408 and "too slowly" in json.loads(text)["error"]["message"] and limits[0].arriving == 0
+            assert (await status("/v1/files", arriving((0, 100_000), (0.5, 1))))[0] == 200
+
+    asyncio.run(run())
+
+
+def test_the_metadata_of_a_batch_has_openais_limits() -> None:
+    asked = {"input_file_id": "file-a", "endpoint": "/v1/images/generations", "completion_window": "24h"}
+    BatchBody.model_validate(asked | {"metadata": {f"{i:064}": "v" * 512 for i in range(16)}})
+    for wrong in ({"k" * 65: "v"}, {"k": "v" * 513}, {str(i): "v" for i in range(17)}):
+        with pytest.raises(ValueError, match="metadata"):
+            BatchBody.model_validate(asked | {"metadata": wrong})
 
 
 class RefusesSecondImages(BlockList):
