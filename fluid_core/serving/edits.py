@@ -106,7 +106,7 @@ async def edit_form(request: Request) -> EditForm:
 def _number(text: str) -> Any:
     try:
         return json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):  # no number: the check of the field says so
         return text
 
 

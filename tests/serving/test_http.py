@@ -147,8 +147,9 @@ def test_bad_images_and_masks_are_refused(server: Server) -> None:
         files = {"image": ("i.png", image)} | ({"mask": ("m.png", mask)} if mask is not None else {})
         status, _, text = request(server, "/v1/images/edits", form={"prompt": "a circle"}, files=files)
         assert status == 400 and reason in json.loads(text)["error"]["message"], (reason, text)
-    status, _, text = request(server, "/v1/images/edits", form={"prompt": "a circle", "n": "0"}, files={"image": ("i", b"x")})
-    assert status == 400 and json.loads(text)["error"]["param"] == "n"
+    for n in ("0", "two", "[" * 200_000):
+        status, _, text = request(server, "/v1/images/edits", form={"prompt": "a circle", "n": n}, files={"image": ("i", b"x")})
+        assert status == 400 and json.loads(text)["error"]["param"] == "n"
     status, _, _ = request(server, "/v1/images/edits", {"prompt": "a circle"})
     assert status == 400
 
