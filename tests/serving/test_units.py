@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import numpy as np
 import pytest
 from fastapi import FastAPI, Request
 from PIL import Image
@@ -19,6 +20,7 @@ from fluid_core.data.storage import LocalStorage, open_storage
 from fluid_core.registry.models import resolve_model
 from fluid_core.serving import keys
 from fluid_core.serving.batch_rows import LineError, parse_body, parse_envelope
+from fluid_core.serving.edits import EditForm
 from fluid_core.serving.errors import ApiError
 from fluid_core.serving.generator import Generator
 from fluid_core.serving.http import ARRIVING, JSON_BYTES, BodyLimit, install_error_handlers
@@ -28,7 +30,7 @@ from fluid_core.serving.offline import make_chunk
 from fluid_core.serving.provenance import png_bytes, read_provenance
 from fluid_core.serving.requests import ServedModel
 from fluid_core.serving.safety import BlockList, load_safety_hook
-from fluid_core.serving.schema import BatchBody
+from fluid_core.serving.schema import BatchBody, GenerationBody, ModelInfo
 from fluid_core.serving.tasks import ImageTask
 
 
@@ -235,6 +237,29 @@ def test_bodies_that_are_large_or_slow_are_refused(monkeypatch: pytest.MonkeyPat
             assert (await status("/v1/files", arriving((0, 100_000), (0.5, 1))))[0] == 200
 
     asyncio.run(run())
+
+
+def edit_of(image: Image.Image, mask: Image.Image | None = None, **save: Any) -> tuple[np.ndarray, np.ndarray]:
+    """(the image, its mask) as an edit would work with them, from uploaded PNGs."""
+
+    def png(image: Image.Image) -> bytes:
+        buffer = io.BytesIO()
+        image.save(buffer, "PNG", **save)
+        return buffer.getvalue()
+
+    info = ModelInfo(id="unit", created=0, image_size="2x1", size_multiple=1, grid=[1, 2], max_prompt_tokens=8, defaults={})
+    form = EditForm(GenerationBody(prompt="x"), png(image), None if mask is None else png(mask))
+    task = form.apply(ImageTask("x", 1, seed=0), info, ServingConfig())
+    return tuple(np.asarray(Image.open(io.BytesIO(data or b""))) for data in (task.image, task.mask))  # type: ignore[return-value]
+
+
+def test_grayscale_of_16_bits_is_scaled() -> None:
+    """Pillow clips what is above 255 to white: a dark image would come out white, a black mask would mark everything."""
+    deep = Image.fromarray(np.array([[0x8000, 300]], np.uint16))
+    image, mask = edit_of(deep, deep)
+    assert image.tolist() == [[[128] * 3, [1] * 3]] and mask.tolist() == [[255, 0]]
+    _, mask = edit_of(deep, transparency=300)
+    assert mask.tolist() == [[0, 255]], "the value that the file calls transparent is made anew"
 
 
 def test_the_metadata_of_a_batch_has_openais_limits() -> None:
