@@ -6,6 +6,7 @@ It holds no model. Replicas of the Generator deployment do the work; the Dispatc
 import asyncio
 import base64
 import json
+import logging
 import secrets
 import time
 from collections.abc import AsyncGenerator, AsyncIterator
@@ -17,6 +18,8 @@ from fastapi import Depends, FastAPI, Request, Response
 from fastapi.openapi.utils import get_openapi
 from fastapi.responses import FileResponse, StreamingResponse
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+from ray.exceptions import RayError
+from ray.serve.exceptions import RayServeException
 
 from fluid_core import __version__
 from fluid_core.config import Recipe
@@ -30,7 +33,11 @@ from fluid_core.serving.safety import load_safety_hook
 from fluid_core.serving.schema import GenerationBody, ImageData, ImagesResponse, ModelInfo, ModelList, Usage
 from fluid_core.serving.tasks import ImageTask, TaskEvent
 
+logger = logging.getLogger(__name__)
+
 FIRST_ANSWER_SECONDS = 30.0
+DESCRIBE_SECONDS = 10.0
+"""For a replica to say which model it serves: it does so from memory, but one that is being replaced never does."""
 STUDIO = Path(__file__).parent / "studio" / "index.html"
 WARM_UP_PROMPT = "a red circle"
 PREVIEWS = 3
@@ -72,6 +79,21 @@ class Gateway:
             raise unavailable(self.not_ready_because) from None
         assert self.info is not None
         return self.info
+
+    async def current_info(self) -> ModelInfo:
+        """The model that is served now.
+
+        Raises:
+            ApiError: 503, no replica answers: none is ready yet, or the one that was is being replaced.
+        """
+        if self.info is None:
+            raise unavailable(self.not_ready_because)
+        try:
+            async with asyncio.timeout(DESCRIBE_SECONDS):
+                return await self.refresh_info()
+        except (TimeoutError, RayError, RayServeException) as error:
+            logger.warning("no replica says which model it serves: %r", error)
+            raise unavailable("no replica answers; ask again later") from None
 
     async def become_ready(self) -> None:
         """Generate one real image through the whole way; until that worked /readyz says 503."""
@@ -209,17 +231,13 @@ def _add_image_routes(app: FastAPI, gateway: Gateway) -> None:
     @app.get("/v1/models", response_model=ModelList, responses=answers(400, 401, 429, 503), operation_id="models")
     async def models(client: Client) -> ModelList:
         """The served model: its version, its image size, its defaults."""
-        if gateway.info is None:
-            raise unavailable(gateway.not_ready_because)
-        return ModelList(data=[await gateway.refresh_info()])
+        return ModelList(data=[await gateway.current_info()])
 
     @app.get("/v1/models/{model}", response_model=ModelInfo, responses=answers(400, 401, 404, 429, 503), operation_id="model")
     async def model(model: str, client: Client) -> ModelInfo:
         """One model by name."""
-        if gateway.info is None:
-            raise unavailable(gateway.not_ready_because)
-        info = await gateway.refresh_info()
-        if model not in (info.id, f"{info.id}:{info.version}"):
+        info = await gateway.current_info()
+        if model not in (info.id, f"{info.id}:{info.version}", f"{info.id}@{info.alias}"):
             raise ApiError(404, "model_not_found", f"model {model!r} is not served here; this server has {info.id!r}", "model")
         return info
 
