@@ -19,7 +19,7 @@ from fluid_core.serving.schema import GenerationBody, ModelInfo
 from fluid_core.serving.tasks import ImageTask
 
 FORMATS = ("PNG", "JPEG", "WEBP")
-_NUMBERS = ("n", "seed", "steps", "guidance", "temperature", "deadline", "stream", "partial_images")
+_NUMBERS = ("n", "seed", "steps", "guidance", "temperature", "deadline", "stream", "partial_images", "output_compression")
 
 
 def _form_schema() -> dict[str, Any]:

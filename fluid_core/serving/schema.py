@@ -36,6 +36,8 @@ class GenerationBody(_Strict):
     user: str | None = Field(None, max_length=512, description="handed to the safety hook")
     response_format: Literal["b64_json"] | None = None
     output_format: Literal["png"] | None = None
+    output_compression: Literal[100] | None = None
+    input_fidelity: Literal["low"] | None = Field(None, description="of edits")
     background: Literal["auto", "opaque"] | None = None
     quality: Literal["auto"] | None = None
     moderation: Literal["auto"] | None = None
@@ -107,6 +109,8 @@ class FileObject(BaseModel):
 class FileList(BaseModel):
     object: Literal["list"] = "list"
     data: list[FileObject]
+    first_id: str | None = None
+    last_id: str | None = None
     has_more: bool = False
 
 

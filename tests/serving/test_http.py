@@ -74,7 +74,12 @@ def test_edits_change_what_the_mask_says(server: Server, client: openai.OpenAI) 
     mask = Image.new("RGBA", picture.size, (0, 0, 0, 255))
     mask.paste((0, 0, 0, 0), (16, 16, 32, 32))
     answer = client.images.edit(
-        image=("image.png", _png(picture)), mask=("mask.png", _png(mask)), prompt="a blue square", extra_body={"seed": 2}
+        image=("image.png", _png(picture)),
+        mask=("mask.png", _png(mask)),
+        prompt="a blue square",
+        input_fidelity="low",
+        output_compression=100,
+        extra_body={"seed": 2},
     )
     edited = image_of((answer.data or [])[0].b64_json)
     white = Image.fromarray(np.where(np.asarray(mask)[..., 3] == 0, 255, 0).astype(np.uint8))
@@ -110,6 +115,8 @@ def test_outpainting_by_a_transparent_frame(server: Server, client: openai.OpenA
         ({"prompt": "a circle", "partial_images": 2}, 400, "partial_images"),
         ({"prompt": "a circle", "response_format": "url"}, 400, "response_format"),
         ({"prompt": "a circle", "quality": "hd"}, 400, "quality"),
+        ({"prompt": "a circle", "output_compression": 90}, 400, "output_compression"),
+        ({"prompt": "a circle", "input_fidelity": "high"}, 400, "input_fidelity"),
         ({"prompt": "a circle", "image_url": "http://169.254.169.254/"}, 400, "image_url"),
         ({"prompt": "a circle", "model": "other"}, 404, "model"),
         ({"prompt": "circle " * 40}, 400, None),
