@@ -47,6 +47,11 @@ def test_keys_are_kept_as_hashes(tmp_path: Path) -> None:
         with pytest.raises(ApiError) as caught:
             authenticator.client(wrong, "x")
         assert caught.value.status == 401
+    before = path.read_text()
+    for name in ("", "a b", "a:b", "a\n", "#ann"):
+        with pytest.raises(ValueError, match="key name"):
+            new_key(name, path)
+    assert path.read_text() == before
     (tmp_path / "plain").write_text(f"ann:{ann}\n")
     with pytest.raises(ValueError, match="never the key itself"):
         load_keys(tmp_path / "plain")
