@@ -85,7 +85,7 @@ def batch_routes(gateway: Gateway, recipe: Recipe) -> tuple[APIRouter, BatchRunn
 
     @router.get(
         "/v1/files/{file_id}/content",
-        responses=_ONE | {200: {"content": {"application/jsonl": {"schema": {"type": "string"}}}}},
+        responses=_ONE | {200: {"content": {"application/jsonl": {"itemSchema": {"type": "object"}}}}},
         response_class=StreamingResponse,
         operation_id="file_content",
     )

@@ -42,7 +42,12 @@ STUDIO = Path(__file__).parent / "studio" / "index.html"
 WARM_UP_PROMPT = "a red circle"
 PREVIEWS = 3
 """Of a stream whose client does not say how many."""
-_SSE: dict[str, Any] = {"content": {"text/event-stream": {"schema": {"type": "string"}}}}
+_EVENT = {
+    "type": "object",
+    "required": ["event", "data"],
+    "properties": {"event": {"type": "string"}, "data": {"type": "string", "contentMediaType": "application/json"}},
+}
+_SSE: dict[str, Any] = {"content": {"text/event-stream": {"itemSchema": _EVENT}}}
 
 
 class Gateway:
