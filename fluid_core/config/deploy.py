@@ -57,7 +57,7 @@ class ServingConfig(Section):
     max_prompt_chars: int = Field(4000, gt=0)
     max_steps: int = Field(1024, gt=0)
     max_image_side: int = Field(2048, gt=0, description="pixels, of uploads and of sizes asked for")
-    max_upload_bytes: int = Field(20_000_000, gt=0, description="of any request body but a batch file")
+    max_upload_bytes: int = Field(20_000_000, gt=0, description="of the body of an image edit")
     max_file_bytes: int = Field(200_000_000, gt=0, description="of a batch file")
     blocked_words_file: str | None = Field(None, description="one word or phrase a line; default: a short built-in list")
     safety_hook: str | None = Field(None, description="package.module:factory of a SafetyHook; default: the block list")

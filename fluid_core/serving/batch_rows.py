@@ -32,11 +32,13 @@ def parse_envelope(line: bytes, number: int, plain: bool) -> tuple[str, dict[str
     """(custom_id, body). `plain` allows lines that are the body itself; their id is the line's number by default.
 
     Raises:
-        LineError: not JSON, not an object, or its custom_id, method or url is wrong.
+        LineError: not JSON (or nested too deeply, or no valid Unicode), not an object, or its custom_id, method or url is wrong.
     """
     try:
         value = json.loads(line)
-    except ValueError as error:
+        # JSON can write half of a surrogate pair ("\ud800"): no text that an answer or a file could repeat.
+        json.dumps(value, ensure_ascii=False).encode()
+    except (ValueError, RecursionError) as error:
         raise LineError("invalid_json_line", f"not JSON: {error}") from None
     if not isinstance(value, dict):
         raise LineError("invalid_json_line", "not a JSON object")

@@ -15,6 +15,9 @@ from collections.abc import Awaitable, Callable, Set
 from pathlib import Path
 from typing import Any
 
+from ray.exceptions import RayError, RayTaskError
+from ray.serve.exceptions import RayServeException
+
 from fluid_core.config import ServingConfig
 from fluid_core.data.storage import Storage
 from fluid_core.serving.batch_rows import LineError, parse_body, parse_envelope
@@ -39,7 +42,7 @@ _TERMINAL = {"completed", "failed", "cancelled"}
 _MAX_LISTED_ERRORS = 100
 _ATTEMPTS = 4
 PAUSE_SECONDS = 30.0
-"""Before a batch goes on after a failure of the storage, or of ours."""
+"""Before a batch goes on after a failure of the storage or of the replicas."""
 
 Generate = Callable[[GenerationBody], Awaitable[dict[str, Any]]]
 
@@ -66,6 +69,7 @@ class BatchRunner:
         self._chunk_rows = max(16, places)
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._live: dict[str, RequestCounts] = {}
+        self._stopped = False
 
     async def create(self, body: BatchBody, owner: str) -> BatchObject:
         """Raises ApiError 404 when the input file is not the caller's."""
@@ -114,7 +118,7 @@ class BatchRunner:
         stops. The first look takes what a killed gateway had, the others only what nobody claims.
         """
         first, ended = True, set[str]()
-        while True:
+        while not self._stopped:
             try:
                 for batch in await asyncio.to_thread(self._all, ended):
                     if batch.status in _TERMINAL:
@@ -127,7 +131,8 @@ class BatchRunner:
             await asyncio.sleep(PAUSE_SECONDS)
 
     async def stop(self) -> None:
-        """Leave off at once; the ledger keeps what is done, and another gateway may go on."""
+        """Leave off at once and for good; the ledger keeps what is done, and another gateway may go on."""
+        self._stopped = True
         running = dict(self._tasks)
         for task in running.values():
             task.cancel()
@@ -142,6 +147,8 @@ class BatchRunner:
             logger.exception("the batches that were running could not be given up; a gateway that starts takes them")
 
     def _spawn(self, batch: _StoredBatch) -> None:
+        if self._stopped:  # nobody has claimed the batch: the next gateway takes it
+            return
         task = asyncio.create_task(self._run(batch))
         self._tasks[batch.id] = task
 
@@ -153,8 +160,9 @@ class BatchRunner:
         task.add_done_callback(forget)
 
     async def _run(self, batch: _StoredBatch) -> None:
-        """Take the batch and work on it to its end; what is not the client's fault (a storage that is away) is waited out."""
-        taken = False
+        """Take the batch and work on it to its end. A storage or replicas that are away are waited out; any other error would
+        come again with every attempt, and ends the batch as failed."""
+        taken, reason = False, None
         while True:
             try:
                 if taken:
@@ -163,15 +171,23 @@ class BatchRunner:
                     batch.runner = self._id
                     await self._save(batch)
                     taken = True
+                if reason is not None:
+                    batch.errors = BatchErrors(data=[BatchError(code="internal_error", message=reason)])
+                    await self._end(batch, "failed")
+                    return
                 with tempfile.TemporaryDirectory(prefix="fluid-batch-") as scratch:
                     await self._work(batch, Path(scratch))
                 return
             except _TakenOver:
                 logger.info("batch %s: another gateway goes on with it", batch.id)
                 return
-            except Exception:
-                logger.exception("batch %s stopped; it goes on in %g s", batch.id, PAUSE_SECONDS)
-                await asyncio.sleep(PAUSE_SECONDS)
+            except Exception as error:
+                if reason is None and not _passes(error):
+                    logger.exception("batch %s fails", batch.id)
+                    reason = f"the server failed on this batch: {error!r}"[:500]
+                else:
+                    logger.exception("batch %s stopped; it goes on in %g s", batch.id, PAUSE_SECONDS)
+                    await asyncio.sleep(PAUSE_SECONDS)
 
     async def _work(self, batch: _StoredBatch, scratch: Path) -> None:
         """From wherever the batch is to its end. Raises _TakenOver, or what the storage raises."""
@@ -373,6 +389,13 @@ class BatchRunner:
 def _counts(plan: JobPlan, done: dict[int, ChunkRecord]) -> RequestCounts:
     records = done.values()
     return RequestCounts(total=plan.rows, completed=sum(r.completed for r in records), failed=sum(r.failed for r in records))
+
+
+def _passes(error: Exception) -> bool:
+    """Whether waiting may help: the storage, the network or the replicas. An exception of a replica's code is no such thing."""
+    if isinstance(error, RayTaskError):
+        return False
+    return isinstance(error, (OSError, RayError, RayServeException))
 
 
 def _public(batch: _StoredBatch) -> BatchObject:

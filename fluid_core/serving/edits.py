@@ -19,7 +19,7 @@ from fluid_core.serving.schema import GenerationBody, ModelInfo
 from fluid_core.serving.tasks import ImageTask
 
 FORMATS = ("PNG", "JPEG", "WEBP")
-_NUMBERS = ("n", "seed", "steps", "guidance", "temperature", "deadline", "stream", "partial_images")
+_NUMBERS = ("n", "seed", "steps", "guidance", "temperature", "deadline", "stream", "partial_images", "output_compression")
 
 
 def _form_schema() -> dict[str, Any]:
@@ -106,7 +106,7 @@ async def edit_form(request: Request) -> EditForm:
 def _number(text: str) -> Any:
     try:
         return json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):  # no number: the check of the field says so
         return text
 
 
@@ -118,13 +118,25 @@ def _open(data: bytes, name: str, max_side: int) -> Image.Image:
             raise bad_request(f"{name}: {_wh(image.size)} pixels, at most {max_side} a side are taken", name)
         image.load()
         image = ImageOps.exif_transpose(image)
+        if image.mode.startswith("I"):
+            image = _eight_bits(image)
+        return image.convert("RGBA") if _has_alpha(image) or "transparency" in image.info else image
     except ApiError:
         raise
     except UnidentifiedImageError:
         raise bad_request(f"{name}: not a {', '.join(FORMATS)} file", name) from None
     except Exception as error:  # Pillow raises nearly anything on damaged files
         raise bad_request(f"{name}: damaged image file ({error})", name) from None
-    return image.convert("RGBA") if _has_alpha(image) or "transparency" in image.info else image
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """A grayscale PNG of 16 bits scaled to 8, where Pillow would clip; LA if one of its values stands for transparent."""
+    values = np.asarray(image)
+    grey = Image.fromarray((values >> 8).astype(np.uint8))
+    if "transparency" not in image.info:
+        return grey
+    alpha = np.where(values == image.info["transparency"], 0, 255).astype(np.uint8)
+    return Image.merge("LA", (grey, Image.fromarray(alpha)))
 
 
 def _has_alpha(image: Image.Image) -> bool:

@@ -6,10 +6,11 @@ It holds no model. Replicas of the Generator deployment do the work; the Dispatc
 import asyncio
 import base64
 import json
+import logging
 import secrets
 import time
 from collections.abc import AsyncGenerator, AsyncIterator
-from contextlib import aclosing, asynccontextmanager
+from contextlib import aclosing, asynccontextmanager, suppress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,6 +18,8 @@ from fastapi import Depends, FastAPI, Request, Response
 from fastapi.openapi.utils import get_openapi
 from fastapi.responses import FileResponse, StreamingResponse
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+from ray.exceptions import RayError
+from ray.serve.exceptions import RayServeException
 
 from fluid_core import __version__
 from fluid_core.config import Recipe
@@ -30,12 +33,21 @@ from fluid_core.serving.safety import load_safety_hook
 from fluid_core.serving.schema import GenerationBody, ImageData, ImagesResponse, ModelInfo, ModelList, Usage
 from fluid_core.serving.tasks import ImageTask, TaskEvent
 
+logger = logging.getLogger(__name__)
+
 FIRST_ANSWER_SECONDS = 30.0
+DESCRIBE_SECONDS = 10.0
+"""For a replica to say which model it serves: it does so from memory, but one that is being replaced never does."""
 STUDIO = Path(__file__).parent / "studio" / "index.html"
 WARM_UP_PROMPT = "a red circle"
 PREVIEWS = 3
 """Of a stream whose client does not say how many."""
-_SSE: dict[str, Any] = {"content": {"text/event-stream": {"schema": {"type": "string"}}}}
+_EVENT = {
+    "type": "object",
+    "required": ["event", "data"],
+    "properties": {"event": {"type": "string"}, "data": {"type": "string", "contentMediaType": "application/json"}},
+}
+_SSE: dict[str, Any] = {"content": {"text/event-stream": {"itemSchema": _EVENT}}}
 
 
 class Gateway:
@@ -73,11 +85,29 @@ class Gateway:
         assert self.info is not None
         return self.info
 
+    async def current_info(self) -> ModelInfo:
+        """The model that is served now.
+
+        Raises:
+            ApiError: 503, no replica answers: none is ready yet, or the one that was is being replaced.
+        """
+        if self.info is None:
+            raise unavailable(self.not_ready_because)
+        try:
+            async with asyncio.timeout(DESCRIBE_SECONDS):
+                return await self.refresh_info()
+        except (TimeoutError, RayError, RayServeException) as error:
+            logger.warning("no replica says which model it serves: %r", error)
+            raise unavailable("no replica answers; ask again later") from None
+
     def made_by(self, label: str) -> None:
         """Called with the `name:version` that made an image: after a change of the served version its sizes are asked for anew."""
-        info = self.info
-        if info is not None and label not in (info.id, f"{info.id}:{info.version}"):
-            self._refreshing = asyncio.create_task(self.refresh_info())
+        if self.info is not None and label not in _names(self.info):
+            self._looking = asyncio.create_task(self._look_again())
+
+    async def _look_again(self) -> None:
+        with suppress(ApiError):
+            await self.current_info()
 
     async def become_ready(self) -> None:
         """Generate one real image through the whole way; until that worked /readyz says 503."""
@@ -101,11 +131,10 @@ class Gateway:
             ApiError: 400 or 404, naming the field.
         """
         info = await self.known_info()
-        names = {info.id, f"{info.id}:{info.version}", f"{info.id}@{info.alias}"}
-        if body.model is not None and body.model not in names:
+        if body.model is not None and body.model not in _names(info):
             # The champion may have moved since we last asked.
-            info = await self.refresh_info()
-            if body.model not in {info.id, f"{info.id}:{info.version}", f"{info.id}@{info.alias}"}:
+            info = await self.current_info()
+            if body.model not in _names(info):
                 raise model_not_found(body.model, info.id)
         if not body.prompt.strip():
             raise bad_request("prompt: it is empty", "prompt")
@@ -145,6 +174,11 @@ class Gateway:
         if max(width, height) > self.config.max_image_side:
             raise bad_request(f"size: at most {self.config.max_image_side} pixels a side on this server", "size")
         return width, height
+
+
+def _names(info: ModelInfo) -> set[str]:
+    """Under which a client may ask for the model."""
+    return {info.id, f"{info.id}:{info.version}", f"{info.id}@{info.alias}"}
 
 
 def images_response(started: dict[str, Any], images: list[TaskEvent]) -> ImagesResponse:
@@ -195,7 +229,7 @@ Client = Annotated[str, Depends(client_of)]
 
 
 def _add_image_routes(app: FastAPI, gateway: Gateway) -> None:
-    responses = answers(400, 401, 404, 413, 429, 500, 503, 504) | {200: _SSE}
+    responses = answers(400, 401, 404, 408, 413, 429, 500, 503, 504) | {200: _SSE}
 
     @app.post("/v1/images/generations", response_model=ImagesResponse, responses=responses, operation_id="generate")
     async def generate(body: GenerationBody, client: Client) -> Any:
@@ -205,26 +239,23 @@ def _add_image_routes(app: FastAPI, gateway: Gateway) -> None:
     @app.post(
         "/v1/images/edits", response_model=ImagesResponse, responses=responses, operation_id="edit", openapi_extra=EDIT_BODY
     )
-    async def edit(client: Client, form: Annotated[EditForm, Depends(edit_form)]) -> Any:
+    async def edit(request: Request, client: Client, form: Annotated[EditForm, Depends(edit_form)]) -> Any:
         """Parts of an image made anew: those where the mask is transparent (or white, in a mask without alpha)."""
         task = await gateway.task_of(form.body)
         task = await asyncio.to_thread(form.apply, task, gateway.info, gateway.config)
+        request.scope["fluid.release_upload"]()  # from here on max_queued bounds it
         return await _answer(gateway, task, "image_edit")
 
     @app.get("/v1/models", response_model=ModelList, responses=answers(400, 401, 429, 503), operation_id="models")
     async def models(client: Client) -> ModelList:
         """The served model: its version, its image size, its defaults."""
-        if gateway.info is None:
-            raise unavailable(gateway.not_ready_because)
-        return ModelList(data=[await gateway.refresh_info()])
+        return ModelList(data=[await gateway.current_info()])
 
     @app.get("/v1/models/{model}", response_model=ModelInfo, responses=answers(400, 401, 404, 429, 503), operation_id="model")
     async def model(model: str, client: Client) -> ModelInfo:
         """One model by name."""
-        if gateway.info is None:
-            raise unavailable(gateway.not_ready_because)
-        info = await gateway.refresh_info()
-        if model not in (info.id, f"{info.id}:{info.version}"):
+        info = await gateway.current_info()
+        if model not in _names(info):
             raise model_not_found(model, info.id)
         return info
 

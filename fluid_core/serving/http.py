@@ -1,5 +1,6 @@
 """What every route shares: body limits, OpenAI's error format, the request's client, counting."""
 
+import asyncio
 import time
 from typing import Any
 
@@ -20,6 +21,7 @@ ERRORS: dict[int | str, dict[str, Any]] = {
         400: "the request is wrong; the message says how",
         401: "missing or wrong API key",
         404: "nothing of that id, or an unknown model",
+        408: "the body came too slowly",
         413: "the body is too large",
         429: "the queue is full, or too many requests: see Retry-After",
         500: "an error of the server",
@@ -36,12 +38,20 @@ def answers(*statuses: int) -> dict[int | str, dict[str, Any]]:
 
 UPLOADS = ("/v1/images/edits", "/v1/files")
 ARRIVING = 16
-"""Uploads that arrive at a time: each may take all of its limit in memory before it can be queued or refused."""
+"""Uploads that arrive or are read at a time: each may take all of its limit in memory before it can be queued or refused."""
+JSON_BYTES = 1 << 20
+"""The largest body of any other route: two prompts of 32,000 characters are below it, however they are escaped."""
+ARRIVAL_SECONDS = 30.0
+SLOWEST_BYTES_PER_SECOND = 100_000
+"""A body may take ARRIVAL_SECONDS, and longer as far as it comes at this pace: one that trickles in keeps a place from others."""
 
 
 class BodyLimit:
-    """Refuses bodies over a limit before they are read, by Content-Length and by counting what arrives; and uploads while too
-    many others arrive."""
+    """Refuses bodies over a limit before they are read, by Content-Length and by counting what arrives; bodies that come too
+    slowly; and uploads while as many as ARRIVING others arrive or are read.
+
+    A route that has made its upload small may give its place back early: `scope["fluid.release_upload"]()`.
+    """
 
     def __init__(self, app: ASGIApp, limit: int, file_limit: int):
         self.app, self.limit, self.file_limit = app, limit, file_limit
@@ -51,7 +61,7 @@ class BodyLimit:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        limit = self.file_limit if scope["path"] == "/v1/files" else self.limit
+        limit = {"/v1/files": self.file_limit, "/v1/images/edits": self.limit}.get(scope["path"], JSON_BYTES)
         declared = dict(scope["headers"]).get(b"content-length", b"0")
         refusal = ApiError(413, "body_too_large", f"the request body is larger than {limit} bytes")
         if declared.isdigit() and int(declared) > limit:
@@ -59,32 +69,38 @@ class BodyLimit:
             return
         upload = scope["path"] in UPLOADS
         if upload and self.arriving >= ARRIVING:
-            busy = ApiError(429, "queue_full", f"{ARRIVING} uploads are arriving already; try again later", retry_after=1)
+            busy = ApiError(429, "queue_full", f"{ARRIVING} uploads are in work already; try again later", retry_after=1)
             await error_response(busy)(scope, receive, send)
             return
         self.arriving += upload
-        read = 0
+        started, read, whole = asyncio.get_running_loop().time(), 0, False
 
-        def arrived() -> None:
+        def release() -> None:
             nonlocal upload
             self.arriving -= upload
             upload = False
 
         async def counted() -> Message:
-            nonlocal read
-            message = await receive()
+            nonlocal read, whole
+            if whole:  # what comes now is the end of the connection, whenever that is
+                return await receive()
+            try:
+                async with asyncio.timeout_at(started + ARRIVAL_SECONDS + read / SLOWEST_BYTES_PER_SECOND):
+                    message = await receive()
+            except TimeoutError:
+                raise HTTPException(408, "the request body came too slowly") from None
             read += len(message.get("body", b""))
-            if not message.get("more_body", False):
-                arrived()
+            whole = not message.get("more_body", False)
             if read > limit:
                 # FastAPI lets an HTTPException out of its body parser; anything else would become a 400.
                 raise HTTPException(refusal.status, refusal.message)
             return message
 
+        scope["fluid.release_upload"] = release
         try:
             await self.app(scope, counted, send)
         finally:
-            arrived()
+            release()
 
 
 class Guard:

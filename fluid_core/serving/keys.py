@@ -15,10 +15,10 @@ def new_key(name: str, path: str | Path) -> str:
     """Make a key, append `name:sha256` to the file at `path`, and return the key.
 
     Raises:
-        ValueError: the name is taken or holds ':' or spaces.
+        ValueError: the name is taken, holds ':' or spaces, or begins with '#'.
     """
-    if not name or ":" in name or name.split() != [name]:
-        raise ValueError(f"key name {name!r}: use letters and digits without spaces or ':'")
+    if not name or ":" in name or name.split() != [name] or name.startswith("#"):  # '#' would make its line a comment
+        raise ValueError(f"key name {name!r}: use letters and digits without spaces, ':' or a leading '#'")
     path = Path(path)
     if path.is_file() and name in load_keys(path):
         raise ValueError(f"{path} has a key named {name!r} already: remove its line first")

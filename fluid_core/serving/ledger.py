@@ -1,11 +1,13 @@
 """The record of a batch job: a plan, and one committed result for each chunk of its lines. Local or on S3.
 
-    <root>/plan.json                 input (size, sha256), where each chunk of lines begins, the settings' hash
-    <root>/output/000012.jsonl       the chunk's answers, one line an image request
-    <root>/errors/000012.jsonl       the chunk's refusals and failures
-    <root>/_ledger/000012.json       written last, and only if absent: the chunk counts from then on, once
+    <root>/plan.json                     input (size, sha256), where each chunk of lines begins, the settings' hash
+    <root>/output/000012-<digest>.jsonl  the chunk's answers, one line an image request
+    <root>/errors/000012-<digest>.jsonl  the chunk's refusals and failures
+    <root>/_ledger/000012.json           written last, and only if absent: the chunk counts from then on, once
 
-Any process may be killed at any time: what has no ledger entry is made again, under the same names.
+Any process may be killed at any time: what has no ledger entry is made again. Two processes may make the same chunk (one takes a
+batch over while the other still commits) with answers that differ in their times: each writes files of its own, named by their
+content, and the ledger entry, with the digests, says whose count.
 """
 
 import hashlib
@@ -34,6 +36,10 @@ class ChunkRecord(BaseModel):
     errors_sha256: str
     seconds: float
     model: str
+
+    def sha256_of(self, kind: str) -> str:
+        """Of the chunk's `output` or `errors`."""
+        return self.output_sha256 if kind == "output" else self.errors_sha256
 
 
 class JobPlan(BaseModel):
@@ -83,10 +89,9 @@ class JobLedger:
 
     def commit(self, chunk: int, output: bytes, errors: bytes, completed: int, failed: int, seconds: float, model: str) -> bool:
         """Store a chunk's results, then its ledger entry. False: another process had committed it, its results stand."""
-        if self._storage.size_or_none(self._name("_ledger", chunk, "json")) is not None:
+        entry = f"{self._root}_ledger/{chunk:06d}.json"
+        if self._storage.size_or_none(entry) is not None:
             return False
-        self._storage.put_bytes(output, self._name("output", chunk), overwrite=True)
-        self._storage.put_bytes(errors, self._name("errors", chunk), overwrite=True)
         record = ChunkRecord(
             chunk=chunk,
             rows=completed + failed,
@@ -97,7 +102,9 @@ class JobLedger:
             seconds=seconds,
             model=model,
         )
-        return self._storage.put_bytes(record.model_dump_json().encode(), self._name("_ledger", chunk, "json"), overwrite=False)
+        self._storage.put_bytes(output, self._name("output", record), overwrite=True)
+        self._storage.put_bytes(errors, self._name("errors", record), overwrite=True)
+        return self._storage.put_bytes(record.model_dump_json().encode(), entry, overwrite=False)
 
     def results(self, kind: str, chunks: Iterable[ChunkRecord]) -> Iterator[bytes]:
         """The committed chunks' `output` or `errors`, in the order of the input.
@@ -108,18 +115,18 @@ class JobLedger:
         ordered = sorted(chunks, key=lambda record: record.chunk)
         with ThreadPoolExecutor(READERS) as pool:
             for first in range(0, len(ordered), READERS):  # no more than these are in memory
-                yield from pool.map(lambda chunk: self._result(kind, chunk), ordered[first : first + READERS])
+                yield from pool.map(lambda record: self._result(kind, record), ordered[first : first + READERS])
 
-    def _result(self, kind: str, chunk: ChunkRecord) -> bytes:
-        data = self._storage.read_or_none(self._name(kind, chunk.chunk))
-        wanted = chunk.output_sha256 if kind == "output" else chunk.errors_sha256
-        if data is None or hashlib.sha256(data).hexdigest() != wanted:
-            name = f"{self._root}_ledger/{chunk.chunk:06d}.json"
-            raise ValueError(f"{self._name(kind, chunk.chunk)} is missing or damaged: delete {name} and run the job again")
+    def _result(self, kind: str, record: ChunkRecord) -> bytes:
+        name = self._name(kind, record)
+        data = self._storage.read_or_none(name)
+        if data is None or hashlib.sha256(data).hexdigest() != record.sha256_of(kind):
+            entry = f"{self._root}_ledger/{record.chunk:06d}.json"
+            raise ValueError(f"{name} is missing or damaged: delete {entry} and run the job again")
         return data
 
-    def _name(self, kind: str, chunk: int, extension: str = "jsonl") -> str:
-        return f"{self._root}{kind}/{chunk:06d}.{extension}"
+    def _name(self, kind: str, record: ChunkRecord) -> str:
+        return f"{self._root}{kind}/{record.chunk:06d}-{record.sha256_of(kind)[:16]}.jsonl"
 
 
 def plan_lines(file: IO[bytes], chunk_rows: int, settings: dict[str, Any]) -> JobPlan:

@@ -3,7 +3,7 @@
 Settings that OpenAI has and this server has not are accepted with the value that it does anyway, and refused with another.
 """
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -36,6 +36,8 @@ class GenerationBody(_Strict):
     user: str | None = Field(None, max_length=512, description="handed to the safety hook")
     response_format: Literal["b64_json"] | None = None
     output_format: Literal["png"] | None = None
+    output_compression: Literal[100] | None = None
+    input_fidelity: Literal["low"] | None = Field(None, description="of edits")
     background: Literal["auto", "opaque"] | None = None
     quality: Literal["auto"] | None = None
     moderation: Literal["auto"] | None = None
@@ -107,6 +109,8 @@ class FileObject(BaseModel):
 class FileList(BaseModel):
     object: Literal["list"] = "list"
     data: list[FileObject]
+    first_id: str | None = None
+    last_id: str | None = None
     has_more: bool = False
 
 
@@ -122,7 +126,9 @@ class BatchBody(_Strict):
     input_file_id: str = Field(min_length=1, max_length=64)
     endpoint: Literal["/v1/images/generations"]
     completion_window: Literal["24h"]
-    metadata: dict[str, str] | None = Field(None, max_length=16)
+    metadata: dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]] | None = Field(
+        None, max_length=16
+    )
 
 
 class RequestCounts(BaseModel):

@@ -3,25 +3,34 @@
 import asyncio
 import io
 import json
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
+import httpx
+import numpy as np
 import pytest
+from fastapi import FastAPI, Request
 from PIL import Image
 from serving_support import small_recipe
 from tiny_fluid import tiny_pipeline
 
 from fluid_core.config import ServingConfig
-from fluid_core.data.storage import open_storage
+from fluid_core.data.storage import LocalStorage, open_storage
+from fluid_core.registry.models import resolve_model
 from fluid_core.serving import keys
 from fluid_core.serving.batch_rows import LineError, parse_body, parse_envelope
+from fluid_core.serving.edits import EditForm
 from fluid_core.serving.errors import ApiError
 from fluid_core.serving.generator import Generator
-from fluid_core.serving.http import ARRIVING, BodyLimit
+from fluid_core.serving.http import ARRIVING, JSON_BYTES, BodyLimit, install_error_handlers
 from fluid_core.serving.keys import Authenticator, RateLimiter, load_keys, new_key
-from fluid_core.serving.ledger import JobLedger, plan_lines, read_chunk
+from fluid_core.serving.ledger import JobLedger, json_line, plan_lines, read_chunk
+from fluid_core.serving.offline import make_chunk
 from fluid_core.serving.provenance import png_bytes, read_provenance
+from fluid_core.serving.requests import ServedModel
 from fluid_core.serving.safety import BlockList, load_safety_hook
+from fluid_core.serving.schema import BatchBody, GenerationBody, ModelInfo
 from fluid_core.serving.tasks import ImageTask
 
 
@@ -38,6 +47,11 @@ def test_keys_are_kept_as_hashes(tmp_path: Path) -> None:
         with pytest.raises(ApiError) as caught:
             authenticator.client(wrong, "x")
         assert caught.value.status == 401
+    before = path.read_text()
+    for name in ("", "a b", "a:b", "a\n", "#ann"):
+        with pytest.raises(ValueError, match="key name"):
+            new_key(name, path)
+    assert path.read_text() == before
     (tmp_path / "plain").write_text(f"ann:{ann}\n")
     with pytest.raises(ValueError, match="never the key itself"):
         load_keys(tmp_path / "plain")
@@ -98,11 +112,27 @@ def test_the_ledger_commits_a_chunk_once(tmp_path: Path) -> None:
     assert ledger.commit(1, b"one\n", b"", 1, 0, 0.1, "m") and not ledger.commit(1, b"two\n", b"", 1, 0, 0.1, "m")
     assert ledger.commit(0, b"zero\n", b"bad\n", 1, 1, 0.1, "m")
     assert list(ledger.results("output", ledger.committed().values())) == [b"zero\n", b"one\n"]
-    (tmp_path / "job/batches/x/output/000000.jsonl").write_bytes(b"zer\n")
-    with pytest.raises(ValueError, match=r"000000.jsonl is missing or damaged: delete .*_ledger/000000.json"):
+    next((tmp_path / "job/batches/x/output").glob("000000-*.jsonl")).write_bytes(b"zer\n")
+    with pytest.raises(ValueError, match=r"000000-\w+\.jsonl is missing or damaged: delete .*_ledger/000000.json"):
         list(ledger.results("output", ledger.committed().values()))
     with open(tmp_path / "empty", "wb+") as file, pytest.raises(ValueError, match="no lines"):
         plan_lines(file, 2, {})
+
+
+def test_two_gateways_that_commit_the_same_chunk_leave_one_result_that_can_be_read(tmp_path: Path) -> None:
+    """At a takeover: the second has looked for an entry and found none when the first writes its own, with other times in it."""
+    first = JobLedger(open_storage(str(tmp_path)))
+
+    class Overtaken(LocalStorage):
+        def size_or_none(self, name: str) -> int | None:
+            found = super().size_or_none(name)
+            assert first.commit(0, b"created 1\n", b"refused 1\n", 1, 1, 0.1, "m")
+            return found
+
+    assert not JobLedger(Overtaken(str(tmp_path))).commit(0, b"created 2\n", b"refused 2\n", 1, 1, 0.1, "m")
+    records = first.committed().values()
+    assert list(first.results("output", records)) == [b"created 1\n"]
+    assert list(first.results("errors", records)) == [b"refused 1\n"]
 
 
 def test_batch_lines() -> None:
@@ -113,6 +143,8 @@ def test_batch_lines() -> None:
         (b'{"custom_id": "a", "body": {}, "more": 1}', "unknown_field"),
         (b'{"custom_id": 7, "body": {}}', "missing_required_parameter"),
         (b'{"prompt": "x"}', "unknown_field"),
+        (rb'{"custom_id": "\ud800", "body": {"prompt": "x"}}', "invalid_json_line"),
+        (b"[" * 200_000, "invalid_json_line"),
     ):
         with pytest.raises(LineError) as caught:
             parse_envelope(line, 1, plain=False)
@@ -124,25 +156,35 @@ def test_batch_lines() -> None:
     assert json.loads(parse_body({"prompt": "x", "seed": 5}, "a", 1).model_dump_json())["seed"] == 5
 
 
-def test_uploads_that_arrive_are_bounded() -> None:
-    """Each holds its body in memory: those beyond the bound are refused until others have arrived."""
-    released, statuses = asyncio.Event(), []
+def test_an_offline_job_keeps_unreadable_lines_apart(tmp_path: Path) -> None:
+    tiny_pipeline(tmp_path).save_pretrained(tmp_path / "bundle")
+    recipe = small_recipe(tmp_path, model=str(tmp_path / "bundle"))
+    served = ServedModel(resolve_model(recipe.serving.model, recipe.registry), recipe)
+    lines = [rb'{"prompt": "x", "\ud800": 1}', b'{"prompt": "a red circle", "steps": 1}', b"[" * 200_000]
+    good, bad = make_chunk(served, BlockList(), recipe, open_storage(str(tmp_path / "out")), 0, 0, lines, "job")
+    assert [row["line"] for row in good] == [2]
+    assert [(row["line"], row["error"]["code"]) for row in bad] == [(1, "invalid_json_line"), (3, "invalid_json_line")]
+    assert len([json_line(row) for row in good + bad]) == 3
+
+
+@pytest.mark.parametrize("released", [False, True])
+def test_uploads_in_work_are_bounded(released: bool) -> None:
+    """Each holds its body in memory: beyond the bound they are refused until others are answered or have let go of it."""
+    answering, statuses = asyncio.Event(), []
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
         while (await receive())["more_body"]:
             pass
+        if released:
+            scope["fluid.release_upload"]()
+        await answering.wait()
         await send({"type": "http.response.start", "status": 200, "headers": []})
 
     async def ask(limited: BodyLimit) -> None:
-        messages = iter(
-            [{"type": "http.request", "body": b"x", "more_body": True}, {"type": "http.request", "more_body": False}]
-        )
+        messages = iter([{"type": "http.request", "body": b"x", "more_body": more} for more in (True, False)])
 
         async def receive() -> Any:
-            message = next(messages)
-            if not message["more_body"]:
-                await released.wait()
-            return message
+            return next(messages)
 
         async def send(message: Any) -> None:
             if message["type"] == "http.response.start":
@@ -152,15 +194,85 @@ def test_uploads_that_arrive_are_bounded() -> None:
 
     async def run() -> None:
         limited = BodyLimit(app, 100, 100)
-        first = [asyncio.create_task(ask(limited)) for _ in range(ARRIVING)]
+        asked = [asyncio.create_task(ask(limited)) for _ in range(ARRIVING + 1)]
         await asyncio.sleep(0)
-        await ask(limited)
-        assert statuses == [429]
-        released.set()
-        await asyncio.gather(*first, ask(limited))
-        assert statuses[1:] == [200] * (ARRIVING + 1) and limited.arriving == 0
+        assert statuses == ([] if released else [429])
+        answering.set()
+        await asyncio.gather(*asked, ask(limited))
+        assert statuses.count(200) == (ARRIVING + 2 if released else ARRIVING + 1) and limited.arriving == 0
 
     asyncio.run(run())
+
+
+def test_bodies_that_are_large_or_slow_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fluid_core.serving.http.ARRIVAL_SECONDS", 0.1)
+    app = FastAPI()
+    install_error_handlers(app)
+    limits: list[BodyLimit] = []
+
+    @app.post("/{path:path}")
+    async def take(request: Request) -> int:
+        return len(await request.body())
+
+    def limit(app: Any) -> BodyLimit:
+        limits.append(BodyLimit(app, 2 * JSON_BYTES, 3 * JSON_BYTES))
+        return limits[0]
+
+    app.add_middleware(limit)
+
+    async def arriving(*parts: tuple[float, int]) -> AsyncIterator[bytes]:
+        for pause, size in parts:
+            await asyncio.sleep(pause)
+            yield b"x" * size
+
+    async def run() -> None:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:
+
+            async def status(path: str, content: Any) -> tuple[int, str]:
+                answer = await client.post(path, content=content)
+                return answer.status_code, answer.text
+
+            for path, size in (("/v1/batches", 1), ("/v1/images/edits", 2), ("/v1/files", 3)):
+                most = size * JSON_BYTES
+                assert await status(path, b"x" * most) == (200, str(most))
+                assert (await status(path, b"x" * (most + 1)))[0] == 413
+                assert (await status(path, arriving((0, most), (0, 1))))[0] == 413
+            slow, text = await status("/v1/files", arriving((0, 1), (0.5, 1)))
+            assert slow == 408 and "too slowly" in json.loads(text)["error"]["message"] and limits[0].arriving == 0
+            assert (await status("/v1/files", arriving((0, 100_000), (0.5, 1))))[0] == 200
+
+    asyncio.run(run())
+
+
+def edit_of(image: Image.Image, mask: Image.Image | None = None, **save: Any) -> tuple[np.ndarray, np.ndarray]:
+    """(the image, its mask) as an edit would work with them, from uploaded PNGs."""
+
+    def png(image: Image.Image) -> bytes:
+        buffer = io.BytesIO()
+        image.save(buffer, "PNG", **save)
+        return buffer.getvalue()
+
+    info = ModelInfo(id="unit", created=0, image_size="2x1", size_multiple=1, grid=[1, 2], max_prompt_tokens=8, defaults={})
+    form = EditForm(GenerationBody(prompt="x"), png(image), None if mask is None else png(mask))
+    task = form.apply(ImageTask("x", 1, seed=0), info, ServingConfig())
+    return tuple(np.asarray(Image.open(io.BytesIO(data or b""))) for data in (task.image, task.mask))  # type: ignore[return-value]
+
+
+def test_grayscale_of_16_bits_is_scaled() -> None:
+    """Pillow clips what is above 255 to white: a dark image would come out white, a black mask would mark everything."""
+    deep = Image.fromarray(np.array([[0x8000, 300]], np.uint16))
+    image, mask = edit_of(deep, deep)
+    assert image.tolist() == [[[128] * 3, [1] * 3]] and mask.tolist() == [[255, 0]]
+    _, mask = edit_of(deep, transparency=300)
+    assert mask.tolist() == [[0, 255]], "the value that the file calls transparent is made anew"
+
+
+def test_the_metadata_of_a_batch_has_openais_limits() -> None:
+    asked = {"input_file_id": "file-a", "endpoint": "/v1/images/generations", "completion_window": "24h"}
+    BatchBody.model_validate(asked | {"metadata": {f"{i:064}": "v" * 512 for i in range(16)}})
+    for wrong in ({"k" * 65: "v"}, {"k": "v" * 513}, {str(i): "v" for i in range(17)}):
+        with pytest.raises(ValueError, match="metadata"):
+            BatchBody.model_validate(asked | {"metadata": wrong})
 
 
 class RefusesSecondImages(BlockList):
