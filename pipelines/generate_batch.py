@@ -4,7 +4,7 @@
     python pipelines/generate_batch.py --config configs/fluid-3b.yaml --prompts s3://bucket/in.jsonl --output s3://bucket/out
 
 Each line: {"prompt": "...", "seed": 1, "steps": 12, "guidance": 2.0, "size": "64x64", "custom_id": "..."}, only the prompt is
-needed; or a line of OpenAI's batch format. Writes <output>/images/<chunk>/<line>.png, <output>/output.jsonl (one line an
+needed; or a line of OpenAI's batch format. Blank lines are not counted. Writes <output>/images/<chunk>/<line>.png, <output>/output.jsonl (one line an
 image, in the order of the input), <output>/errors.jsonl (lines that could not be done, with the reason) and summary.json.
 """
 

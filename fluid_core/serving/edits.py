@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import json
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,7 +70,7 @@ class EditForm:
         edited = _edited(mask)
         if not np.asarray(edited).any():
             raise bad_request("mask: nothing is marked; make the areas to change transparent", "mask")
-        size = task.size or _natural_size(image.size, info)
+        size = task.size or _natural_size(image.size, info, config.max_image_side)
         flat = _filled(image)
         if size != image.size:
             flat, edited = flat.resize(size, Image.Resampling.LANCZOS), edited.resize(size, Image.Resampling.NEAREST)
@@ -161,12 +162,15 @@ def _edited(mask: Image.Image) -> Image.Image:
     return mask.convert("L").point(lambda value: 255 if value >= 128 else 0)
 
 
-def _natural_size(size: tuple[int, int], info: ModelInfo) -> tuple[int, int]:
-    """The image's own size where the model can make it, else the model's."""
-    if size[0] % info.size_multiple == 0 and size[1] % info.size_multiple == 0:
+def _natural_size(size: tuple[int, int], info: ModelInfo, max_side: int) -> tuple[int, int]:
+    """The image's own size where the model can make it, else one of about the model's number of pixels and the image's proportions."""
+    unit = info.size_multiple
+    if size[0] % unit == 0 and size[1] % unit == 0:
         return size
     width, height = (int(side) for side in info.image_size.split("x"))
-    return width, height
+    scale = math.sqrt(width * height / (size[0] * size[1]))
+    sides = [unit * max(1, min(round(side * scale / unit), max_side // unit)) for side in size]
+    return sides[0], sides[1]
 
 
 def _wh(size: tuple[int, int]) -> str:

@@ -15,10 +15,12 @@ from tiny_fluid import tiny_pipeline
 from fluid_core.registry.model_registry import ModelRegistry
 from fluid_core.registry.models import CHAMPION, ModelRef
 from fluid_core.serving import generator as module
+from fluid_core.serving.edits import _natural_size
 from fluid_core.serving.generator import Generator
 from fluid_core.serving.provenance import read_provenance
 from fluid_core.serving.requests import ServedModel
 from fluid_core.serving.safety import BlockList
+from fluid_core.serving.schema import ModelInfo
 from fluid_core.serving.tasks import ImageTask, TaskEvent
 
 
@@ -91,3 +93,12 @@ def test_a_champion_that_could_not_be_loaded_is_tried_again(tmp_path: Path, monk
     while replica.describe()["version"] == "1":
         assert time.monotonic() < deadline
         time.sleep(0.05)
+
+
+def test_an_edit_keeps_the_proportions_of_its_picture() -> None:
+    info = ModelInfo(
+        id="unit", created=0, image_size="256x256", size_multiple=16, grid=[16, 16], max_prompt_tokens=8, defaults={}
+    )  # fmt: skip
+    assert _natural_size((512, 128), info, 2048) == (512, 128)
+    assert _natural_size((1000, 501), info, 2048) == (368, 176)
+    assert _natural_size((1001, 7), info, 2048) == (2048, 16)

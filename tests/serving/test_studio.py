@@ -15,6 +15,7 @@ from chromium_support import CHROMIUM, Chromium, Page, chromium
 from PIL import Image
 from serving_support import Relay, Server, difference, image_of, metric, open_request, request
 
+from fluid_core.serving.edits import _filled
 from fluid_core.serving.provenance import read_provenance
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed (Debian: apt-get install chromium)")
@@ -124,10 +125,9 @@ def finished_edit(page: Page, server: Server) -> tuple[Image.Image, Image.Image]
     edited = shown(page)
     provenance = read_provenance(image_of(page.evaluate("current.base64"))) or {}
     assert provenance["edited"] is True
-    size = np.asarray(image.convert("RGBA"))[..., 3]
-    if size.min() == 255:
-        expected = server.pipeline.edit(image, white, provenance["prompt"], seed=provenance["seed"], num_steps=8)
-        assert difference(edited, expected) <= 1
+    filled = _filled(image.convert("RGBA"))
+    expected = server.pipeline.edit(filled, white, provenance["prompt"], seed=provenance["seed"], num_steps=8)
+    assert difference(edited, expected) <= 1
     return edited, white
 
 
@@ -142,6 +142,14 @@ def test_what_is_painted_is_made_anew(page: Page, server: Server) -> None:
     page.drag("#paint", [(0.75, 0.2), (0.75, 0.5), (0.75, 0.8)])
     save(page, "mask")
     page.fill("#prompt", "a blue square")
+    # A picture that breaks off half-way costs neither the old picture nor what was painted.
+    page.evaluate(
+        "window.real = onEvent, window.onEvent = async () => { ink.fillRect(0, 0, 32, 32); throw new Error('cut off'); }"
+    )
+    page.click("#apply")
+    assert page.wait("document.querySelector('#error').textContent") == "cut off"
+    assert difference(shown(page), before) == 0
+    page.evaluate("window.onEvent = real")
     page.click("#apply")
     edited, white = finished_edit(page, server)
     marked = np.asarray(white) > 0
@@ -228,9 +236,11 @@ def test_a_server_that_is_away_is_said_on_the_page(browser: Chromium, server: Se
 
         # In the middle of a picture.
         slow(page)
+        assert shown(page).size == (128, 128)
         relay.cut()
         assert "broke" in page.wait("document.querySelector('#error').textContent")
         relay.mend()
+        assert difference(shown(page), picture) == 0, "half a picture is left where the whole one was"
         page.fill("#steps", "8")
         page.click("#go")
         page.wait("document.querySelector('#status').textContent.startsWith('made')")
