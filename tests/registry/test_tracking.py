@@ -1,6 +1,7 @@
 """The tracker against a real MLflow on SQLite, present and away."""
 
 import json
+import os
 import sqlite3
 import subprocess
 import sys
@@ -184,6 +185,9 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[st
 
     monkeypatch.setenv(mlflow.server.BACKEND_STORE_URI_ENV_VAR, f"sqlite:///{tmp_path}/server.db")
     monkeypatch.setenv(mlflow.server.ARTIFACT_ROOT_ENV_VAR, str(tmp_path / "artifacts"))
+    # A server makes its store the default of its whole process: what other tests have is put back afterwards.
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", os.environ.get("MLFLOW_TRACKING_URI", ""))
+    monkeypatch.setattr("mlflow.tracking._tracking_service.utils._tracking_uri", None)
     monkeypatch.setattr(mlflow.server.handlers, "_tracking_store", None)
     monkeypatch.setattr(mlflow.server.handlers, "_model_registry_store", None)
     answers = threading.Event()
