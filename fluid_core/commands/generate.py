@@ -37,6 +37,8 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError(f"-n {args.count}: at least 1")
     if args.reveal and not args.reveal.lower().endswith(".gif"):
         raise ValueError(f"--reveal {args.reveal}: the animation is a GIF, so name a file that ends in .gif")
+    if args.reveal and Path(args.reveal).is_dir():
+        raise ValueError(f"--reveal {args.reveal} is a folder: name a file")
     folder = Path(args.output)
     for made in (folder, Path(args.reveal or ".").parent):
         try:
@@ -72,7 +74,10 @@ def run(args: argparse.Namespace) -> None:
             if reveal is not None:
                 reveal(step, steps, slots)
 
-        images = pipeline.run(requests, callback=callback, batch_size=args.batch_size)
+        try:
+            images = pipeline.run(requests, callback=callback, batch_size=args.batch_size)
+        except FloatingPointError as error:
+            raise ValueError(str(error)) from None
     for i, image in enumerate(images):
         image.save(folder / f"{i:05d}.png")
         print(folder / f"{i:05d}.png")

@@ -78,6 +78,10 @@ class ModelConfig(Section):
         values["head_width"] = self.head_width or self.width
         if self.width % self.heads:
             raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}")
+        if self.masked_tokens_per_image is not None and self.masked_tokens_per_image > self.num_tokens:
+            raise ValueError(
+                f"masked_tokens_per_image {self.masked_tokens_per_image} is more than the {self.num_tokens} tokens of an image"
+            )
         if self.objective == "eps" and self.head_precision == "bf16":
             raise ValueError("the eps head amplifies rounding errors: use head_precision: fp32, or objective: flow or v")
         return self

@@ -12,6 +12,14 @@ from torch import Tensor
 
 from fluid_core.diffusion.schedule import TRAIN_STEPS, Schedule, cosine_schedule
 
+OBJECTIVES = ("eps", "v", "flow")
+
+
+def check_objective(objective: str) -> None:
+    """Raises ValueError for a name that is none of them."""
+    if objective not in OBJECTIVES:
+        raise ValueError(f"unknown objective {objective!r}; one of {', '.join(OBJECTIVES)}")
+
 
 def discrete_steps(times: Tensor) -> Tensor:
     """Time in (0, 1) to the 1000 timesteps of the cosine schedule: int64."""
@@ -20,6 +28,7 @@ def discrete_steps(times: Tensor) -> Tensor:
 
 def add_noise(objective: str, x0: Tensor, noise: Tensor, times: Tensor) -> tuple[Tensor, Tensor]:
     """(x_t, timestep for the head on the scale 0..1000)."""
+    check_objective(objective)
     if objective == "flow":
         t = times[..., None]
         return torch.lerp(x0, noise, t), times * TRAIN_STEPS
@@ -30,6 +39,7 @@ def add_noise(objective: str, x0: Tensor, noise: Tensor, times: Tensor) -> tuple
 
 def head_outputs(objective: str, channels: int) -> int:
     """Channels that the head predicts: eps carries one variance logit for each channel."""
+    check_objective(objective)
     return 2 * channels if objective == "eps" else channels
 
 
@@ -39,6 +49,7 @@ def token_loss(objective: str, prediction: Tensor, x0: Tensor, noise: Tensor, x_
     eps: |eps - eps_theta|^2 + VLB, exactly MAR's (Improved DDPM with LEARNED_RANGE). v: |v - v_theta|^2 with
     v = sqrt(abar) eps - sqrt(1 - abar) x_0. flow: |(eps - x_0) - u_theta|^2.
     """
+    check_objective(objective)
     if objective == "flow":
         return (prediction - (noise - x0)).square().mean(-1)
     schedule, steps = cosine_schedule(x0.device), discrete_steps(times)

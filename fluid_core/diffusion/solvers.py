@@ -14,7 +14,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from fluid_core.diffusion.objectives import learned_log_variance
+from fluid_core.diffusion.objectives import check_objective, learned_log_variance
 from fluid_core.diffusion.schedule import TRAIN_STEPS, Schedule, respaced_schedule
 
 SOLVERS = {"eps": ("ddpm", "ddim", "dpm2"), "v": ("ddpm", "ddim", "dpm2"), "flow": ("heun", "euler")}
@@ -30,6 +30,7 @@ StepNoise = Callable[[int], Tensor]
 
 def check_solver(objective: str, solver: str, head_steps: int) -> None:
     """Raise ValueError for a solver that does not go with the objective, or an impossible number of steps."""
+    check_objective(objective)
     if solver not in SOLVERS[objective]:
         known = solver in {name for names in SOLVERS.values() for name in names}
         text = "does not go with" if known else "is unknown for"

@@ -84,7 +84,9 @@ class TextEncoder:
         ids, flags = self.tokenize_flagged(captions)
         if not cut and any(flags):
             first = captions[flags.index(True)]
-            raise ValueError(f"prompt longer than {self.max_tokens} tokens: {first[:60]!r}...; shorten it or have it cut")
+            raise ValueError(
+                f"prompt longer than {self.max_tokens} tokens: {first[:60]!r}...; shorten it, or have it cut (truncate=True, --truncate)"
+            )
         return ids
 
     @torch.no_grad()

@@ -96,7 +96,7 @@ def read_config(path: str | Path) -> dict[str, Any]:
     folder = Path(path)
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder} is not a model bundle: it has no config.json")
-    config = json.loads((folder / "config.json").read_text())
+    config = _read_json(folder / "config.json")
     version = config.get("format_version")
     if version != FORMAT_VERSION:
         raise ValueError(
@@ -114,7 +114,11 @@ def verify_bundle(path: str | Path) -> None:
     folder = Path(path)
     if not (folder / "manifest.json").is_file():
         raise ValueError(f"{folder} has no manifest.json: the bundle was not written to its end")
-    for name, digest in json.loads((folder / "manifest.json").read_text()).items():
+    listed = _read_json(folder / "manifest.json")
+    for file in folder.glob("model-*.safetensors"):
+        if file.name not in listed:
+            raise ValueError(f"{file} is not in the manifest.json beside it: remove it, its weights would be mixed in")
+    for name, digest in listed.items():
         if not (folder / name).is_file():
             raise ValueError(f"{folder} lacks {name}, which its manifest.json lists")
         if file_sha256(folder / name) != digest:
@@ -130,6 +134,8 @@ def load_model(path: str | Path) -> FluidModel:
     state = {}
     for name, tensor in _read_weights(folder):
         _check_weight(name, tensor, wanted, str(folder))
+        if name in state:
+            raise ValueError(f"{folder}: {name} is in two of the model-*.safetensors: copy the bundle again")
         state[name] = tensor
     _check_complete(state, wanted, str(folder))
     model.load_state_dict(state, strict=True, assign=True)
@@ -141,7 +147,7 @@ def load_latent_stats(path: str | Path) -> tuple[list[float] | None, list[float]
     file = Path(path) / "latent_stats.json"
     if not file.is_file():
         return None, None
-    stats = json.loads(file.read_text())
+    stats = _read_json(file)
     return stats["mean"], stats["std"]
 
 
@@ -160,6 +166,16 @@ def load_encoder(path: str | Path, name: str, device: str | torch.device) -> Any
     if sha256 is not None and revision is not None and encoder.identity()["sha256"] != sha256:
         raise ValueError(f"{name} {where} at {revision} is not the one that the bundle {path} was made with: its hash differs")
     return encoder
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(file.read_text())
+    except ValueError as error:
+        raise ValueError(f"{file} is damaged, copy the bundle again: {error}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{file} is damaged, copy the bundle again: not a JSON object")
+    return value
 
 
 def _place_encoder(folder: Path, name: str, encoder: Any) -> dict[str, Any]:

@@ -69,9 +69,10 @@ class DecodeSlot:
         else:
             self.tokens_NC = torch.zeros(N, dtype=torch.int64, device=device)
         self.known_N = torch.zeros(N, dtype=torch.bool, device=device)
+        self.given_N: Tensor | None = None  # of an edit, on the model's device
         order_N = token_order("raster" if model.trunk.causal else request.order, self.key_1, request.grid, _ORDER)[0]
         if request.known_mask_N is not None and request.known_tokens_NC is not None:
-            given_N = request.known_mask_N.to(device)
+            self.given_N = given_N = request.known_mask_N.to(device)
             self.tokens_NC[given_N] = request.known_tokens_NC.to(device, self.tokens_NC.dtype)[given_N]
             if not model.trunk.causal:
                 self.known_N |= given_N
@@ -119,6 +120,8 @@ def start_batch(model: FluidModel, requests: Sequence[GenerationRequest]) -> lis
     """`start` for several requests with one pass through the aligner; a text object that several share is aligned once."""
     for request in requests:
         check_request(model, request)
+    if len({tuple(request.grid) for request in requests}) > 1:
+        raise ValueError("start_batch takes images of one grid")
     slots = [DecodeSlot(model, request) for request in requests]
     texts: list[Tensor] = []
     index: dict[int, int] = {}
@@ -202,8 +205,7 @@ def decode_step(model: FluidModel, slots: Sequence[DecodeSlot]) -> None:
     unconditional = [z_XPD[rows[-1], : len(place)] for rows, place in zip(batch.rows, places, strict=True)]
     values = _sample(model, slots, places, torch.cat(conditional), torch.cat(unconditional))
     for slot, place, value in zip(slots, places, values.split([len(p) for p in places]), strict=True):
-        given = slot.request.known_mask_N
-        if model.trunk.causal and given is not None and bool(given[place]):
+        if model.trunk.causal and slot.given_N is not None and bool(slot.given_N[place]):
             value = slot.tokens_NC[place]  # raster editing: a given token is walked over, not generated
         slot.tokens_NC[place] = value
         slot.known_N[place] = True
@@ -302,19 +304,24 @@ def _sample_codes(slots: Sequence[DecodeSlot], places: list[Tensor], scores_PV: 
 def check_request(model: FluidModel, request: GenerationRequest) -> None:
     """Raise ValueError with what to do for a request that this model cannot serve."""
     config = model.config
+    if len(request.grid) != 2 or not all(isinstance(side, Integral) and side >= 1 for side in request.grid):
+        raise ValueError(f"grid must be two whole numbers of at least 1, got {request.grid!r}")
     N = request.grid[0] * request.grid[1]
     for name in ("num_steps", "head_steps", "seed"):
-        if not isinstance(getattr(request, name), Integral):
+        if not isinstance(getattr(request, name), Integral) or isinstance(getattr(request, name), bool):
             raise ValueError(f"{name} must be a whole number, got {getattr(request, name)!r}")
     for name in ("guidance_scale", "temperature"):
         value = getattr(request, name)
         if not isinstance(value, Real) or not math.isfinite(value):
             raise ValueError(f"{name} must be a finite number, got {value!r}")
     for name, text in (("text", request.text_LE), ("negative text", request.negative_text_LE)):
-        if text is None:
+        if text is None and name == "negative text":
             if request.guided:
                 raise ValueError("guidance needs negative_text_LE: the text encoder's states of the empty caption")
             continue
+        if not isinstance(text, Tensor) or not text.is_floating_point():
+            kind = text.dtype if isinstance(text, Tensor) else type(text).__name__
+            raise ValueError(f"{name} must be a floating-point tensor, got {kind}")
         if text.ndim != 2 or text.shape[1] != config.text_width or not 1 <= len(text) <= config.max_text_tokens:
             raise ValueError(
                 f"{name} must be (1..{config.max_text_tokens} tokens, {config.text_width}), got {tuple(text.shape)}"
@@ -343,6 +350,9 @@ def check_request(model: FluidModel, request: GenerationRequest) -> None:
             raise ValueError(f"known_mask_N must be bool ({N},), got {mask.dtype} {tuple(mask.shape)}")
         if tuple(request.known_tokens_NC.shape) != wanted:
             raise ValueError(f"known_tokens_NC must be {wanted}, got {tuple(request.known_tokens_NC.shape)}")
+        if request.known_tokens_NC.is_floating_point() != (config.tokens == "continuous"):
+            kind = "floating-point" if config.tokens == "continuous" else "int64"
+            raise ValueError(f"known_tokens_NC must be {kind} for {config.tokens} tokens, got {request.known_tokens_NC.dtype}")
         if bool(request.known_mask_N.all()):
             raise ValueError("every token is known: there is nothing to generate")
         given = request.known_tokens_NC[request.known_mask_N]

@@ -205,7 +205,7 @@ class FluidPipeline:
         **settings: Any,
     ) -> Image.Image:
         """Make a part of a picture anew: where `mask` is white (non-zero), or, without a mask, a random share `strength`
-        of its tokens (a variation). The other tokens stay bit for bit. `settings` are those of `__call__`.
+        of its tokens (a variation). The other tokens stay bit for bit. `settings` are those of `__call__` for one image.
 
         `dilate`: rings of tokens around the mask that are made anew too (generation/editing.py says why one).
         """
@@ -221,6 +221,8 @@ class FluidPipeline:
         **settings: Any,
     ) -> Image.Image:
         """A larger picture, (width, height) = `size`, with `image` at `offset` (x, y) and the rest made up."""
+        if not isinstance(image, Image.Image):
+            raise ValueError(f"image must be a PIL image, got {type(image).__name__}")
         size, (x, y) = _pair("size must be (width, height)", size), _pair("offset must be (x, y)", offset)
         if size == image.size:
             raise ValueError(f"size {size} is the image's own: there is nothing to make up around it")
@@ -309,6 +311,8 @@ class FluidPipeline:
             raise ValueError(f"image must be a PIL image, got {type(image).__name__}")
         if (mask is None) == (strength is None):
             raise ValueError("an edit needs a mask, or a strength for a variation, and not both")
+        if not isinstance(seed, Integral):
+            raise ValueError(f"seed must be a whole number, got {seed!r}")
         if "size" in settings:
             raise ValueError("an edit keeps the image's size: leave out size, or use outpaint")
         request = self.requests([prompt], seed=seed, size=(image.width, image.height), **settings)[0]
@@ -386,9 +390,12 @@ class FluidPipeline:
                 assert self.latent_mean is not None and self.latent_std is not None
                 latents = unpatchify(stacked, self.model.config.patch, grid)
                 pixels = self.image_tokenizer.decode(denormalise(latents, self.latent_mean, self.latent_std))
-            if not bool(torch.isfinite(pixels).all()):
+            finite_B = torch.isfinite(pixels).flatten(1).all(dim=1)
+            if not bool(finite_B.all()):
+                number = first + int(finite_B.int().argmin())
                 raise FloatingPointError(
-                    "generation gave NaN or infinite pixels: the model or its latent statistics are broken"
+                    f"image {number} came out with NaN or infinite pixels: the model or its latent statistics are broken, or the "
+                    "guidance or temperature is extreme"
                 )
             values = ((pixels + 1.0) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
             images += [Image.fromarray(value) for value in values]

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from fluid_core.diffusion.objectives import add_noise, head_outputs, token_loss
 from fluid_core.diffusion.schedule import respaced_schedule
 from fluid_core.diffusion.solvers import FIRST_TIMESTEP, SOLVERS, Predict, check_solver, denoise, solve
 from fluid_core.generation.guidance import guide
@@ -130,3 +131,34 @@ def test_wrong_solvers_and_steps_are_refused() -> None:
         solve("flow", "euler", optimal("flow"), MEAN, 4, 1.0, lambda i: MEAN)
     with pytest.raises(ValueError, match="head_steps must be at least 1, got 0"):
         check_solver("flow", "euler", 0)
+
+
+@pytest.mark.parametrize("logit", [-1.0, 0.0, 1.0])
+def test_ddpm_draws_with_the_variance_that_the_head_learned(logit: float) -> None:
+    """Between its bounds on a log scale. The head says x_0 = 0, so that one step's noise is all that is added."""
+    schedule = respaced_schedule(2, FIRST_TIMESTEP)
+    seen: list[torch.Tensor] = []
+
+    def predict(x: torch.Tensor, step: float) -> torch.Tensor:
+        seen.append(x)
+        bar = schedule.alpha_bar[2 - len(seen)]
+        return torch.cat((x / (1 - bar).sqrt(), torch.full_like(x, logit)), dim=-1)
+
+    start, noise = torch.randn(2, 5, 3, generator=torch.Generator().manual_seed(0))
+    solve("eps", "ddpm", predict, start, 2, 1.0, lambda _: noise)
+    deviation = (seen[1] - schedule.mean_xt[1] * start) / noise
+    share = (logit + 1) / 2
+    expected = share * schedule.log_variance_high[1] + (1 - share) * schedule.log_variance_low[1]
+    assert torch.allclose(2 * deviation.log(), expected.expand_as(deviation), atol=1e-3)
+
+
+def test_an_unknown_objective_is_named() -> None:
+    x, times = torch.zeros(2, 3), torch.full((2,), 0.5)
+    for call in (
+        lambda: add_noise("epsilon", x, x, times),
+        lambda: token_loss("epsilon", x, x, x, x, times),
+        lambda: head_outputs("epsilon", 3),
+        lambda: solve("epsilon", "ddpm", lambda x, _: x, x, 2, 1.0, lambda _: x),
+    ):
+        with pytest.raises(ValueError, match="unknown objective 'epsilon'; one of eps, v, flow"):
+            call()

@@ -1,6 +1,5 @@
 """The decoding engine: guidance, independence of the company an image is in, caches, editing."""
 
-import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -270,6 +269,11 @@ def test_discrete_temperature_sharpens() -> None:
     ({"known_mask_N": torch.zeros(16, dtype=torch.bool), "known_tokens_NC": torch.zeros(9, 16)}, "known_tokens_NC must be"),
     ({"known_mask_N": torch.zeros(16), "known_tokens_NC": torch.zeros(16, 16)}, "known_mask_N must be bool"),
     ({"known_mask_N": torch.arange(16) < 3, "known_tokens_NC": torch.full((16, 16), torch.nan)}, "known_tokens_NC has NaN"),
+    ({"known_mask_N": torch.arange(16) < 3, "known_tokens_NC": torch.zeros(16, 16).long()}, "must be floating-point for continuous"),
+    ({"text_LE": None}, "text must be a floating-point tensor, got NoneType"),
+    ({"text_LE": torch.zeros(3, 16).long()}, "text must be a floating-point tensor, got torch.int64"),
+    ({"grid": (-4, -4)}, r"grid must be two whole numbers of at least 1, got \(-4, -4\)"),
+    ({"num_steps": True}, "num_steps must be a whole number, got True"),
 ])  # fmt: skip
 def test_impossible_requests_are_refused(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
@@ -281,4 +285,5 @@ def test_images_that_cannot_share_a_step_are_refused() -> None:
     slots = start_batch(model, [request()]) + start_batch(model, [request(head_steps=7)])
     with pytest.raises(ValueError, match="one grid, solver and head_steps"):
         decode_step(model, slots)
-    assert dataclasses.is_dataclass(slots[0].request)
+    with pytest.raises(ValueError, match="one grid"):
+        start_batch(model, [request(), request(grid=(2, 4))])
