@@ -30,7 +30,7 @@ def _is_worker(process: Path, parent: int, rank: int) -> bool:
 
 
 def test_a_run_that_was_stopped_and_went_on_is_the_run_of_plain_workers(repository: Path, tmp_path: Path) -> None:
-    """SIGTERM to torchrun, or to one worker alone as when one of several nodes goes, saves a checkpoint; the same command goes on."""
+    """SIGTERM to one worker, as when one of several nodes goes, saves a checkpoint; the same command goes on."""
     recipe = small_recipe(tmp_path / "reference", optimizer="muon", max_steps=40, checkpoint_every=40, validate_every=40)
     run_workers(recipe)
     expected = read_metrics(recipe.training_dir / "metrics.jsonl")
@@ -41,19 +41,11 @@ def test_a_run_that_was_stopped_and_went_on_is_the_run_of_plain_workers(reposito
     metrics = here.training_dir / "metrics.jsonl"
     while run.poll() is None and not read_metrics(metrics):
         time.sleep(0.01)
-    run.send_signal(signal.SIGTERM)
-    said, _ = run.communicate(timeout=120)
-    stopped = read_metrics(metrics)
-    assert run.returncode and 0 < len(stopped) < 40, said
-
-    run = _torchrun(repository, folder)
-    while run.poll() is None and len(read_metrics(metrics)) == len(stopped):
-        time.sleep(0.01)
     for process in Path("/proc").glob("[0-9]*"):
         if _is_worker(process, run.pid, 1):
             os.kill(int(process.name), signal.SIGTERM)
     said, _ = run.communicate(timeout=120)
-    assert run.returncode and len(stopped) < len(read_metrics(metrics)) < 40, said
+    assert run.returncode and 0 < len(read_metrics(metrics)) < 40, said
     assert not list(tmp_path.rglob("stages/pretrain.json")), "a stopped run is not recorded as complete"
 
     run = _torchrun(repository, folder)
