@@ -2,9 +2,11 @@
 
 import math
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import sympy
 import torch
 from tiny_fluid import TEXT_WIDTH, padded, texts, tiny_model
 from torch.nn.attention import varlen
@@ -13,6 +15,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from fluid_core.model import layers
 from fluid_core.model.layers import Packing, attend, causal_bias, padding_bias
 from fluid_core.model.positions import GridPositions, TextPositions
+from fluid_core.training.engine import whole_rows
 
 
 @pytest.mark.parametrize("queries,keys", [(16, 16), (1, 16), (65, 65), (16, 100)])
@@ -206,3 +209,31 @@ def test_compiled_trunks_keep_residuals_in_half_precision() -> None:
         half = run()
     assert seen == [torch.float32, torch.float32, torch.bfloat16]
     assert (half - exact).std() < 3 * (usual - exact).std() < 0.1 * exact.std()
+
+
+def test_compiled_reductions_over_heads_and_widths_hold_a_row() -> None:
+    """What compile_blocks tells the compiler; longer rows, rows of unknown length and strided ones stay as they were."""
+    from torch._inductor.choices import InductorChoices
+    from torch._inductor.runtime.hints import ReductionHint
+    from torch._inductor.sizevars import SizeVarAllocator
+    from torch._inductor.virtualized import V
+
+    unknown = sympy.Symbol("s0", integer=True, positive=True)
+    rows = [(96, False), (1536, True), (2304, True), (1536, False), (unknown, True)]
+
+    def held(choices: Any) -> list[bool]:
+        with V.set_graph_handler(SimpleNamespace(sizevars=SizeVarAllocator())):
+            found = []
+            for channels, inner in rows:
+                hint = ReductionHint.INNER if inner else ReductionHint.DEFAULT
+                features = SimpleNamespace(reduction_numel=sympy.sympify(channels), get_reduction_hint=lambda hint=hint: hint)
+                found.append(choices.should_use_persistent_reduction(features, False))
+        return found
+
+    before = V.choices
+    try:
+        whole_rows()
+        assert held(V.choices) == [True, True, False, False, False]
+        assert held(InductorChoices) == [False] * len(rows)
+    finally:
+        V.set_choices_handler(before)
