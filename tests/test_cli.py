@@ -39,6 +39,7 @@ def test_every_pipeline_refuses_bad_recipes_in_one_line(
         ([config.replace("tiny", "tinny")], "did you mean"),
         ([config, "--set", "training.lerning_rate=1"], "did you mean 'learning_rate'"),
         ([config, "--set", "training.max_steps=no"], "training.max_steps"),
+        ([config, "--set", "generation.solver=ddpm"], "'ddpm' does not go with model.objective 'flow': use one of heun, euler"),
         ([config, "--set", "seed"], "write section.key=value"),
         ([config, "--set", "seed=[1"], "is not valid YAML"),
     ]

@@ -16,7 +16,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from fluid_core.config.base import Section
 from fluid_core.config.data import DataConfig, FilterConfig, MetadataThreshold, OpenMojiConfig, ShapesConfig
-from fluid_core.config.deploy import EvaluationConfig, GenerationConfig, RegistryConfig, ServingConfig
+from fluid_core.config.deploy import SOLVERS, EvaluationConfig, GenerationConfig, RegistryConfig, ServingConfig
 from fluid_core.config.encode import EncodeConfig, TextStorageConfig
 from fluid_core.config.encoders import ImageTokenizerConfig, StandInT5Config, TextEncoderConfig, TokenizerTrainingConfig
 from fluid_core.config.model import PRESETS, ModelConfig, Preset
@@ -71,6 +71,12 @@ class Recipe(Section):
             raise ValueError(
                 f"model.tokens {self.model.tokens!r} does not go with image_tokenizer.kind {self.image_tokenizer.kind!r}: "
                 "use kl with continuous, vq with discrete"
+            )
+        solvers = SOLVERS[self.model.objective]
+        if self.model.tokens == "continuous" and self.generation.solver not in solvers:
+            raise ValueError(
+                f"generation.solver {self.generation.solver!r} does not go with model.objective {self.model.objective!r}: "
+                f"use one of {', '.join(solvers)}"
             )
         train = self.image_tokenizer.train
         if self.model.tokens == "discrete" and train is not None and train.codebook_size != self.model.codebook_size:

@@ -7,6 +7,10 @@ from pydantic import Field, model_validator
 from fluid_core.config.base import Section
 
 
+SOLVERS = {"eps": ("ddpm", "ddim", "dpm2"), "v": ("ddpm", "ddim", "dpm2"), "flow": ("heun", "euler")}
+"""Of the diffusion head, by the model's objective."""
+
+
 class GenerationConfig(Section):
     """Defaults of FluidPipeline for this recipe's model; they travel in the bundle."""
 

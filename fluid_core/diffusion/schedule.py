@@ -71,6 +71,8 @@ def respaced_schedule(num_steps: int, last: int, device: torch.device | str = "c
     below 999 leaves out the end of the cosine schedule, where abar is 2e-9 and an error in eps is multiplied by hundreds
     (docs/generation.md).
     """
+    if not 0 <= last < TRAIN_STEPS or even_in not in ("time", "log_snr"):
+        raise ValueError(f"last must be in 0..{TRAIN_STEPS - 1} and even_in time or log_snr, got {last} and {even_in!r}")
     if not 1 <= num_steps <= last + 1:
         raise ValueError(f"head_steps must be between 1 and {last + 1}, got {num_steps}")
     if num_steps == 1:

@@ -14,10 +14,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from fluid_core.config.deploy import SOLVERS
 from fluid_core.diffusion.objectives import check_objective, learned_log_variance
 from fluid_core.diffusion.schedule import TRAIN_STEPS, Schedule, respaced_schedule
-
-SOLVERS = {"eps": ("ddpm", "ddim", "dpm2"), "v": ("ddpm", "ddim", "dpm2"), "flow": ("heun", "euler")}
 
 FIRST_TIMESTEP = 980
 """Where eps and v solvers start: from 999 the first of 100 steps would multiply an error in eps by 316, of 10 by 3493."""

@@ -199,7 +199,7 @@ class FluidPipeline:
         mask: Image.Image | np.ndarray | None,
         prompt: str,
         strength: float | None = None,
-        dilate: int = 1,
+        dilate: int | None = None,
         seed: int = 0,
         callback: Callback | None = None,
         **settings: Any,
@@ -207,7 +207,7 @@ class FluidPipeline:
         """Make a part of a picture anew: where `mask` is white (non-zero), or, without a mask, a random share `strength`
         of its tokens (a variation). The other tokens stay bit for bit. `settings` are those of `__call__` for one image.
 
-        `dilate`: rings of tokens around the mask that are made anew too (generation/editing.py says why one).
+        `dilate`: rings of tokens around the mask that are made anew too; default one (generation/editing.py says why).
         """
         request = self.edit_request(image, mask, prompt, strength=strength, dilate=dilate, seed=seed, **settings)
         return self.run([request], callback=callback)[0]
@@ -263,6 +263,8 @@ class FluidPipeline:
             negatives = _strings("negative_prompts", negative_prompts) * (
                 len(prompts) if isinstance(negative_prompts, str) else 1
             )
+        if guidance_schedule is not None and guidance_scale == 1.0:
+            raise ValueError("guidance_schedule has no effect at guidance_scale 1: raise it or leave the schedule out")
         if len(negatives) != len(prompts):
             raise ValueError(f"{len(negatives)} negative_prompts for {len(prompts)} prompts: give one, or one for each")
         seeds = [int(seed) + i for i in range(len(prompts))] if isinstance(seed, Integral) else seed
@@ -302,7 +304,7 @@ class FluidPipeline:
         prompt: str,
         *,
         strength: float | None = None,
-        dilate: int = 1,
+        dilate: int | None = None,
         seed: int = 0,
         **settings: Any,
     ) -> GenerationRequest:
@@ -318,9 +320,11 @@ class FluidPipeline:
         request = self.requests([prompt], seed=seed, size=(image.width, image.height), **settings)[0]
         if mask is None:
             assert strength is not None
+            if dilate is not None:
+                raise ValueError("dilate has no effect without a mask: leave it out")
             change_N = variation_tokens(strength, seed, request.grid)
         else:
-            change_N = tokens_to_change(_mask_pixels(mask, image), request.grid, dilate)
+            change_N = tokens_to_change(_mask_pixels(mask, image), request.grid, 1 if dilate is None else dilate)
             if not bool(change_N.any()):
                 raise ValueError("the mask is empty: paint what is to change white")
         known = {"known_tokens_NC": self.encode_image(image), "known_mask_N": ~change_N}

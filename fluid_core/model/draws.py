@@ -26,7 +26,8 @@ class TrainingDraws:
 
     `mask_BN`: bool, tokens hidden from the trunk. `rows_K`: int64 indices into the B * N flattened tokens that the head
     sees. `weights_K`: fp32, what each counts in the sum of losses (1, or masked / drawn when only some masked tokens are
-    drawn, or 0 for padding). `times_RK`: fp32 in (0, 1). `noise_RKC`: fp32 normal. `drop_text_B`: bool.
+    drawn, or 0 for padding). `times_RK`: fp32 in (0, 1). `noise_RKC`: fp32 normal. `drop_text_B`: bool. `count`: masked tokens in this
+    batch, what the global mean divides by.
     """
 
     mask_BN: Tensor
@@ -38,10 +39,6 @@ class TrainingDraws:
     times_RK: Tensor
     noise_RKC: Tensor
     count: int
-
-    def masked_count(self) -> int:
-        """Masked tokens in this batch: what the global mean divides by."""
-        return self.count
 
     def to(self, device: torch.device | str) -> "TrainingDraws":
         tensors = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "count"}
@@ -56,10 +53,10 @@ def draw_training(config: ModelConfig, keys_B: Tensor, num_tokens: int, grid: tu
     With `masked_tokens_per_image` the head sees that many masked tokens of each image, chosen uniformly among them and
     weighted by masked / chosen, so that the expected sum of losses is the one over all masked tokens.
     """
-    if keys_B.dtype != torch.int64 or keys_B.ndim != 1:
-        raise ValueError(f"keys must be int64 of shape (batch,), got {keys_B.dtype} {tuple(keys_B.shape)}")
     B, N, C = len(keys_B), num_tokens, config.token_channels
     grid = grid or (1, N)
+    if grid[0] * grid[1] != N:
+        raise ValueError(f"a grid of {grid[0]}x{grid[1]} does not hold {N} tokens")
     order_BN = token_order(config.order, keys_B, grid, ORDER)
     if config.order == "raster":  # teacher forcing: every token is predicted from those before it
         ratio_B = torch.ones(B, device=keys_B.device)

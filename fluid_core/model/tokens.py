@@ -13,12 +13,12 @@ def patchify(latents_BCHW: Tensor, patch: int) -> Tensor:
     """Latents (B, C, H, W) to tokens (B, N, C * patch^2); channels are (c, p, q), c-major.
 
     Raises:
-        ValueError: when the shape is not 4-D or a side is not a multiple of `patch`.
+        ValueError: when the shape is not 4-D or a side is not a multiple of `patch`, which is at least 1.
     """
     if latents_BCHW.ndim != 4:
         raise ValueError(f"latents must be (batch, channels, height, width), got shape {tuple(latents_BCHW.shape)}")
     B, C, H, W = latents_BCHW.shape
-    if H % patch or W % patch:
+    if patch < 1 or H % patch or W % patch:
         raise ValueError(f"latent size {H}x{W} is not a multiple of patch {patch}")
     grouped = latents_BCHW.reshape(B, C, H // patch, patch, W // patch, patch).permute(0, 2, 4, 1, 3, 5)
     return grouped.reshape(B, (H // patch) * (W // patch), C * patch * patch)
@@ -30,7 +30,7 @@ def unpatchify(tokens_BNK: Tensor, patch: int, grid: tuple[int, int]) -> Tensor:
     if tokens_BNK.ndim != 3:
         raise ValueError(f"tokens must be (batch, tokens, channels), got shape {tuple(tokens_BNK.shape)}")
     B, N, K = tokens_BNK.shape
-    if h * w != N or K % (patch * patch):
+    if patch < 1 or h * w != N or K % (patch * patch):
         raise ValueError(f"tokens of shape {tuple(tokens_BNK.shape)} do not fill a {h}x{w} grid with patch {patch}")
     C = K // (patch * patch)
     grouped = tokens_BNK.reshape(B, h, w, C, patch, patch).permute(0, 3, 1, 4, 2, 5)

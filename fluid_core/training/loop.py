@@ -229,7 +229,7 @@ class TrainingLoop:
         """One all-reduce: masked tokens of the global batch, whether to stop, whether to ask for notices of preemption, and
         the hash of the batch's keys in order."""
         header = torch.zeros(3 + self.training.batch_size, dtype=torch.int64)
-        header[0] = sum(batch.draws.masked_count() for batch in batches)
+        header[0] = sum(batch.draws.count for batch in batches)
         if self.rank == 0:
             header[1] = int((self.run_dir / STOP_FILE).exists())
             header[2] = int(self.preemption.due())

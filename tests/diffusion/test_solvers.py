@@ -106,6 +106,8 @@ def test_the_clipped_start_bounds_the_amplification_of_errors() -> None:
     for steps in (250, 100, 50, 25, 10, 5):
         assert first_step_amplification(steps, FIRST_TIMESTEP) < 15, steps
     assert first_step_amplification(100, FIRST_TIMESTEP) < 1
+    for steps in (4, 3, 2, 1):  # one step alone divides by the signal that is left at 980, 3%
+        assert first_step_amplification(steps, FIRST_TIMESTEP) < 32 < 0.01 * first_step_amplification(steps, 999), steps
 
 
 def test_few_steps_are_stable_with_an_imperfect_head() -> None:
@@ -129,6 +131,10 @@ def test_wrong_solvers_and_steps_are_refused() -> None:
         check_solver("eps", "ddpm", 1000)
     with pytest.raises(ValueError, match=r"noise must be float32 \(tokens, channels\), got torch.float64 \(3,\)"):
         solve("flow", "euler", optimal("flow"), MEAN, 4, 1.0, lambda i: MEAN)
+    with pytest.raises(ValueError, match="last must be in 0..999 and even_in time or log_snr, got 1000 and 'time'"):
+        respaced_schedule(10, 1000)
+    with pytest.raises(ValueError, match="got 980 and 'snr'"):
+        respaced_schedule(10, 980, even_in="snr")
     with pytest.raises(ValueError, match="head_steps must be at least 1, got 0"):
         check_solver("flow", "euler", 0)
 

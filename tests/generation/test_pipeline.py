@@ -1,6 +1,7 @@
 """FluidPipeline with real encoders of random weights: images, editing, bundles, the command line."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -31,6 +32,19 @@ def pipe(tmp_path_factory: pytest.TempPathFactory) -> FluidPipeline:
 @pytest.fixture(scope="module")
 def bundle_folder(pipe: FluidPipeline, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return pipe.save_pretrained(tmp_path_factory.mktemp("bundle") / "model")
+
+
+def test_the_page_s_python_runs(bundle_folder: Path, repository: Path) -> None:
+    page = (repository / "docs" / "generation.md").read_text()
+    first, editing = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    names: dict[str, Any] = {}
+    exec(first.replace("runs/demo/bundles/latest", str(bundle_folder)), names)
+    assert [image.size for image in names["images"]] == [(32, 32)] * 2
+    mask = Image.new("L", (256, 256))
+    mask.paste(255, (64, 64, 128, 128))
+    names |= {"image": names["images"][0].resize((256, 256)), "mask": mask}
+    sizes = [eval(line, names).size for line in editing.strip().splitlines()]
+    assert sizes == [(256, 256), (256, 256), (384, 256)]
 
 
 def difference(a: Image.Image, b: Image.Image) -> int:
@@ -93,6 +107,7 @@ def test_default_steps_shrink_to_a_small_grid(pipe: FluidPipeline) -> None:
     ({"solver": "magic"}, "solver 'magic' is unknown"),
     ({"negative_prompts": ["a", "b"]}, "2 negative_prompts for 1 prompts"),
     ({"negative_prompts": "a", "guidance_scale": 1.0}, "no effect at guidance_scale 1"),
+    ({"guidance_schedule": "linear", "guidance_scale": 1.0}, "guidance_schedule has no effect at guidance_scale 1"),
     ({"seed": [1, 2]}, "2 seeds for 1 prompts"),
     ({"batch_size": 0}, "batch_size must be a whole number of at least 1, got 0"),
     ({"size": "32"}, r"size must be a side or \(width, height\) in whole pixels, got '32'"),
@@ -194,6 +209,7 @@ def test_bad_edits_are_named(pipe: FluidPipeline) -> None:
         ({"mask": None}, "needs a mask, or a strength"),
         ({"mask": mask, "strength": 0.5}, "and not both"),
         ({"mask": np.ones((8, 8))}, r"the mask is \(8, 8\), the image \(32, 32\)"),
+        ({"mask": None, "strength": 0.5, "dilate": 2}, "dilate has no effect without a mask"),
         ({"mask": None, "strength": 1.5}, "strength must be above 0 and at most 1"),
         ({"mask": np.ones((32, 32)), "size": 64}, "an edit keeps the image's size"),
         ({"mask": np.eye(32), "dilate": -1}, "dilate must be a number of token rings, 0 or more, got -1"),

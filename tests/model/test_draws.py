@@ -51,7 +51,7 @@ def test_different_samples_and_seeds_differ() -> None:
 def test_the_head_sees_exactly_the_masked_tokens() -> None:
     draws = draw_training(tiny_config(), KEYS, 16)
     assert torch.equal(draws.rows_K, draws.mask_BN.flatten().nonzero()[:, 0])
-    assert draws.masked_count() == int(draws.mask_BN.sum()) == len(draws.rows_K)
+    assert draws.count == int(draws.mask_BN.sum()) == len(draws.rows_K)
     assert draws.times_RK.shape == (4, len(draws.rows_K)) and draws.noise_RKC.shape == (4, len(draws.rows_K), 16)
 
 
@@ -73,7 +73,7 @@ def test_caption_dropout_rate() -> None:
 
 def test_raster_order_predicts_every_token() -> None:
     draws = draw_training(tiny_config(order="raster"), KEYS, 16)
-    assert bool(draws.mask_BN.all()) and draws.masked_count() == 64 * 16
+    assert bool(draws.mask_BN.all()) and draws.count == 64 * 16
 
 
 def test_a_fixed_number_of_tokens_has_static_shapes_and_an_unbiased_sum() -> None:
@@ -83,19 +83,21 @@ def test_a_fixed_number_of_tokens_has_static_shapes_and_an_unbiased_sum() -> Non
     full = draw_training(tiny_config(**light), keys, 16)
     some = draw_training(tiny_config(masked_tokens_per_image=3, **light), keys, 16)
     assert len(some.rows_K) == 3 * len(keys)
-    assert torch.equal(full.mask_BN, some.mask_BN) and full.masked_count() == some.masked_count()
+    assert torch.equal(full.mask_BN, some.mask_BN) and full.count == some.count
     exact = (full.mask_BN * values).sum()
     estimate = (values.expand(len(keys), -1).flatten()[some.rows_K] * some.weights_K).sum()
     assert abs(estimate / exact - 1) < 0.015
     counted = some.weights_K > 0
     assert bool(full.mask_BN.flatten()[some.rows_K][counted].all()), "only masked tokens count"
-    assert abs(some.weights_K.sum() / some.masked_count() - 1) < 1e-4
+    assert abs(some.weights_K.sum() / some.count - 1) < 1e-4
     rows = some.rows_K[counted]
     assert len(rows) == len(rows.unique()), "without replacement"
 
 
 def test_bad_keys_and_too_many_tokens_are_refused() -> None:
-    with pytest.raises(ValueError, match="keys must be int64"):
+    with pytest.raises(ValueError, match=r"wanted int64 keys \(batch,\) and a grid of tokens, got torch.float32 \(3,\)"):
         draw_training(tiny_config(), torch.zeros(3), 16)
+    with pytest.raises(ValueError, match="a grid of 4x5 does not hold 16 tokens"):
+        draw_training(tiny_config(), KEYS, 16, (4, 5))
     with pytest.raises(ValueError, match="masked_tokens_per_image 20 is more than the 16 tokens"):
         draw_training(tiny_config(masked_tokens_per_image=20), KEYS, 16)

@@ -34,6 +34,12 @@ def test_impossible_numbers_of_steps_are_refused(steps: int) -> None:
         unmask_counts(16, steps)
 
 
+@pytest.mark.parametrize("grid,keys", [((0, 4), KEYS), ((4, 4), KEYS.float()), ((4, 4), KEYS[None])])
+def test_orders_of_nothing_and_of_no_keys_are_refused(grid: tuple[int, int], keys: torch.Tensor) -> None:
+    with pytest.raises(ValueError, match="wanted int64 keys"):
+        token_order("raster", keys, grid, stream=0)
+
+
 @pytest.mark.parametrize("kind", ["random", "raster", "checkerboard"])
 def test_an_order_is_a_permutation(kind: str) -> None:
     order = token_order(kind, KEYS, (4, 6), stream=0)

@@ -31,6 +31,8 @@ def test_normalise_is_per_channel_and_inverted() -> None:
 def test_bad_shapes_are_named() -> None:
     with pytest.raises(ValueError, match="5x4 is not a multiple of patch 2"):
         patchify(torch.zeros(1, 4, 5, 4), 2)
+    with pytest.raises(ValueError, match="4x4 is not a multiple of patch 0"):
+        patchify(torch.zeros(1, 4, 4, 4), 0)
     with pytest.raises(ValueError, match="batch, channels, height, width"):
         patchify(torch.zeros(4, 4, 4), 2)
     with pytest.raises(ValueError, match="do not fill a 3x3 grid"):
