@@ -109,6 +109,7 @@ def write_recipe(folder: Path, data: dict[str, Any] | None = None, **training: A
             "preset": "fluid-tiny", "blocks": 2, "width": 32, "heads": 2, "aligner_blocks": 1, "head_blocks": 1, "grid": 4,
             "text_width": WIDTH, "max_text_tokens": 8, "objective": "flow",
         },
+        "generation": {"solver": "heun"},
         "training": {
             "max_steps": 6, "batch_size": 12, "workers": 2, "precision": "fp32", "learning_rate": 1e-3, "schedule": "constant",
             "muon_learning_rate": 3e-3, "warmup_steps": 2, "ema_decay": 0.9, "checkpoint_every": 2, "log_every": 1, "validate_every": 3,
