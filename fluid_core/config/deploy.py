@@ -6,7 +6,6 @@ from pydantic import Field, model_validator
 
 from fluid_core.config.base import Section
 
-
 SOLVERS = {"eps": ("ddpm", "ddim", "dpm2"), "v": ("ddpm", "ddim", "dpm2"), "flow": ("heun", "euler")}
 """Of the diffusion head, by the model's objective."""
 

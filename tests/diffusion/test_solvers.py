@@ -131,7 +131,7 @@ def test_wrong_solvers_and_steps_are_refused() -> None:
         check_solver("eps", "ddpm", 1000)
     with pytest.raises(ValueError, match=r"noise must be float32 \(tokens, channels\), got torch.float64 \(3,\)"):
         solve("flow", "euler", optimal("flow"), MEAN, 4, 1.0, lambda i: MEAN)
-    with pytest.raises(ValueError, match="last must be in 0..999 and even_in time or log_snr, got 1000 and 'time'"):
+    with pytest.raises(ValueError, match=r"last must be in 0\.\.999 and even_in time or log_snr, got 1000 and 'time'"):
         respaced_schedule(10, 1000)
     with pytest.raises(ValueError, match="got 980 and 'snr'"):
         respaced_schedule(10, 980, even_in="snr")
