@@ -22,9 +22,7 @@ def token_order(kind: str, keys_B: Tensor, grid: tuple[int, int], stream: int) -
     """
     h, w = grid
     if keys_B.dtype != torch.int64 or keys_B.ndim != 1 or h < 1 or w < 1:
-        raise ValueError(
-            f"wanted int64 keys (batch,) and a grid of tokens, got {keys_B.dtype} {tuple(keys_B.shape)} and {grid}"
-        )
+        raise ValueError(f"wanted int64 keys (batch,) and a grid, got {keys_B.dtype} {tuple(keys_B.shape)} and {grid}")
     if kind == "raster":
         return torch.arange(h * w, device=keys_B.device).expand(len(keys_B), -1)
     order_BN = permutation(keys_B, stream, h * w)

@@ -95,7 +95,7 @@ def test_a_fixed_number_of_tokens_has_static_shapes_and_an_unbiased_sum() -> Non
 
 
 def test_bad_keys_and_too_many_tokens_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"wanted int64 keys \(batch,\) and a grid of tokens, got torch.float32 \(3,\)"):
+    with pytest.raises(ValueError, match=r"wanted int64 keys \(batch,\) and a grid, got torch.float32 \(3,\)"):
         draw_training(tiny_config(), torch.zeros(3), 16)
     with pytest.raises(ValueError, match="a grid of 4x5 does not hold 16 tokens"):
         draw_training(tiny_config(), KEYS, 16, (4, 5))
