@@ -107,7 +107,7 @@ def test_the_clipped_start_bounds_the_amplification_of_errors() -> None:
         assert first_step_amplification(steps, FIRST_TIMESTEP) < 15, steps
     assert first_step_amplification(100, FIRST_TIMESTEP) < 1
     for steps in (4, 3, 2, 1):  # one step alone divides by the signal that is left at 980, 3%
-        assert first_step_amplification(steps, FIRST_TIMESTEP) < 32 < 0.01 * first_step_amplification(steps, 999), steps
+        assert first_step_amplification(steps, FIRST_TIMESTEP) < 34 < 0.01 * first_step_amplification(steps, 999), steps
 
 
 def test_few_steps_are_stable_with_an_imperfect_head() -> None:
