@@ -26,8 +26,8 @@ class TrainingDraws:
 
     `mask_BN`: bool, tokens hidden from the trunk. `rows_K`: int64 indices into the B * N flattened tokens that the head
     sees. `weights_K`: fp32, what each counts in the sum of losses (1, or masked / drawn when only some masked tokens are
-    drawn, or 0 for padding). `times_RK`: fp32 in (0, 1). `noise_RKC`: fp32 normal. `drop_text_B`: bool. `count`: masked tokens in this
-    batch, what the global mean divides by.
+    drawn, or 0 for padding). `times_RK`: fp32 in (0, 1). `noise_RKC`: fp32 normal. `drop_text_B`: bool.
+    `count`: masked tokens in this batch, what the global mean divides by.
     """
 
     mask_BN: Tensor
