@@ -127,7 +127,7 @@ def compile_blocks(model: Any) -> None:
 
 
 def whole_rows() -> None:
-    """Let the compiler's reductions over heads and widths (up to 2,048 channels) hold a row at once, in this process.
+    """Let the compiler's reductions over heads and widths (up to 4,096 channels) hold a row at once, in this process.
 
     It would loop over rows of more than 1,024 channels, and over heads of 96, and read them more often: norms of heads took two
     to three times as long, a step of 1.1B 1% longer (docs/journal.md).
@@ -141,7 +141,7 @@ def whole_rows() -> None:
         def should_use_persistent_reduction(features: Any, cooperative_reduction: bool) -> bool:
             if InductorChoices.should_use_persistent_reduction(features, cooperative_reduction):
                 return True
-            limit = 2048 if features.get_reduction_hint() == ReductionHint.INNER else 128
+            limit = 4096 if features.get_reduction_hint() == ReductionHint.INNER else 128
             return not cooperative_reduction and V.graph.sizevars.statically_known_leq(features.reduction_numel, limit)
 
     V.set_choices_handler(WholeRows())

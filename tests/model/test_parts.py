@@ -219,7 +219,7 @@ def test_compiled_reductions_over_heads_and_widths_hold_a_row() -> None:
     from torch._inductor.virtualized import V
 
     unknown = sympy.Symbol("s0", integer=True, positive=True)
-    rows = [(96, False), (1536, True), (2304, True), (1536, False), (unknown, True)]
+    rows = [(96, False), (2304, True), (4608, True), (1536, False), (unknown, True)]
 
     def held(choices: Any) -> list[bool]:
         with V.set_graph_handler(SimpleNamespace(sizevars=SizeVarAllocator())):
