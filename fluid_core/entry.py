@@ -110,7 +110,7 @@ def run_pipeline(
         if error.errno != errno.ENOSPC:
             raise
         print(
-            f"error: the disk is full ({error.filename or recipe.runs_dir}): free some; the same command goes on",
+            f"error: the disk is full ({error.filename or recipe.runs_dir}): free some, then start again",
             file=sys.stderr,
         )
         sys.exit(2)

@@ -4,9 +4,9 @@
     ray job submit --working-dir . -- python pipelines/pretrain.py --config configs/fluid-10b.yaml
     torchrun --nproc-per-node 8 pipelines/pretrain.py --config configs/fluid-1b.yaml     without Ray: Slurm, one machine of GPUs
 
-Killed or stopped (SIGTERM and Ctrl-C save a checkpoint first) and started again with the same recipe, it goes on exactly
-where the last complete checkpoint was. What another recipe left under the same run name needs --resume, or a new
-training.run_name.
+Killed or stopped (SIGTERM and Ctrl-C save a checkpoint first) and started again with --resume, it goes on exactly where the
+last complete checkpoint was. Without --resume a run's name can be used once. `--resume same` goes on only with a run of this
+very recipe and data: for jobs that are started again by machines.
 """
 
 import argparse
@@ -29,7 +29,10 @@ _CONDUCT = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--resume", action="store_true", help="go on with what is under the run's name, whatever recipe it was")
+    parser.add_argument(
+        "--resume", nargs="?", const="any", choices=("same", "any"),
+        help="go on from the last checkpoint under the run's name, if there is one, whatever recipe it was; same: only if it was this one",
+    )  # fmt: skip
 
 
 def main(recipe: Recipe, args: argparse.Namespace) -> int:
@@ -56,7 +59,7 @@ def main(recipe: Recipe, args: argparse.Namespace) -> int:
         return 128 + result["stopped"] if result["stopped"] else 0
     if result["stopped"]:
         print(
-            f"pretrain: stopped at step {result['step']}, checkpoint saved; the same command goes on from there",
+            f"pretrain: stopped at step {result['step']}, checkpoint saved; --resume goes on from there",
             file=sys.stderr,
         )
         return 128 + result["stopped"]

@@ -34,15 +34,13 @@ from fluid_core.training.notices import say
 from fluid_core.training.preemption import Preemption
 from fluid_core.training.ray_data import NAME as RAY_DATASET
 from fluid_core.training.ray_data import RayDataLoader
-from fluid_core.training.remote import RemoteCheckpoints, Uploader
+from fluid_core.training.remote import ROLLBACK_FILE, RemoteCheckpoints, Uploader
 from fluid_core.training.sampling import Sampler
 from fluid_core.training.schedule import learning_rate_factor
 from fluid_core.training.validation import Validation
 from fluid_core.workflow.stage import write_json_atomic
 
 STOP_FILE = "stop"
-ROLLBACK_FILE = "rollback.json"
-"""The last roll-back: `step` it went back to, `samples` where training went on, `times` it went back to that step."""
 _LOCK_SECONDS = 60.0
 
 
@@ -315,6 +313,8 @@ class TrainingLoop:
         if self.rank == 0:
             rollback = {"step": self.step, "samples": self.position, "times": self._rollbacks}
             write_json_atomic(self.run_dir / ROLLBACK_FILE, rollback)
+            if self.uploader:
+                self.uploader.notify()
             self._close_files()
             self._open_files()
             self._say(f"rolled back to step {self.step}; training goes on with sample {self.position}")
@@ -425,7 +425,7 @@ class TrainingLoop:
             "health": self.health.state(),
             "zero_stage": self.training.zero_stage,
             "recipe": self.recipe.model_dump(mode="json"),
-            "tracking_run_id": self.settings.tracking_run_id,
+            "tracking_key": self.settings.tracking_key,
             "metrics": self._final,
         }
         self.checkpointer.save(self.step, state, self.attempt)

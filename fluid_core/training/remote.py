@@ -3,6 +3,7 @@
     s3://bucket/prefix/step_00000250/rank_00000.safetensors, state.json, _PINNED     as in the local folder
                                      _COMPLETE                                       written last, deleted first
     s3://bucket/prefix/metrics.jsonl, validation.jsonl     hold every line up to the newest complete checkpoint
+                       rollback.json                       the last roll-back (loop.py)
 
 A checkpoint is saved locally first (checkpoint.py), and the training thread knows nothing more about it. A thread of rank 0
 compares the local folder with S3 and copies what S3 lacks, newest first. It has no list of its own of what was copied: S3's
@@ -26,13 +27,15 @@ from typing import Any
 from fluid_core.data.storage import CHUNK_BYTES, AccessError, TransientError, open_storage
 from fluid_core.training.checkpoint import COMPLETE, PINNED, STATE, Checkpoint, latest_complete, list_checkpoints, retained
 from fluid_core.training.metrics import parse_metrics, read_metrics, write_metrics
-from fluid_core.workflow.stage import replace_folder
+from fluid_core.workflow.stage import replace_folder, write_json_atomic
 
 FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 5.0, 60.0
 FINISH_SECONDS = 1800.0
 """How long the end of a run waits for its last copies."""
 
 HISTORY = ("metrics.jsonl", "validation.jsonl")
+ROLLBACK_FILE = "rollback.json"
+"""The last roll-back: `step` it went back to, `samples` where training went on, `times` it went back to that step."""
 WRITER = "_WRITER"
 LEASE_SECONDS, RENEW_SECONDS, SETTLE_SECONDS = 120.0, 20.0, 2.0
 
@@ -152,13 +155,13 @@ class RemoteCheckpoints:
         return Checkpoint(target, checkpoint.step)
 
     def push_history(self, run_dir: Path) -> None:
-        """Copy the run's lines of metrics up."""
-        for name in HISTORY:
+        """Copy the run's lines of metrics and its last roll-back up."""
+        for name in (*HISTORY, ROLLBACK_FILE):
             if (run_dir / name).is_file():
                 self._storage.put_bytes((run_dir / name).read_bytes(), name, overwrite=True)
 
     def fetch_history(self, run_dir: Path) -> None:
-        """Add to the run's files the lines of steps that they lack; what they hold stays as it is."""
+        """Add to the run's files the lines of steps that they lack; what they hold stays as it is. Of two roll-backs take the later."""
         for name in HISTORY:
             here = read_metrics(run_dir / name)
             known = {line["step"] for line in here}
@@ -166,9 +169,12 @@ class RemoteCheckpoints:
             missing = [line for line in there if line["step"] not in known]
             if missing:
                 write_metrics(run_dir / name, sorted(here + missing, key=lambda line: line["step"]))
+        path, found = run_dir / ROLLBACK_FILE, json.loads(self._storage.read_or_none(ROLLBACK_FILE) or b"null")
+        if found and not (path.is_file() and json.loads(path.read_text())["samples"] >= found["samples"]):
+            write_json_atomic(path, found)
 
     def remove_history(self) -> None:
-        for name in HISTORY:
+        for name in (*HISTORY, ROLLBACK_FILE):
             self._storage.delete(name)
 
     def distrust(self, step: int) -> None:
@@ -292,6 +298,7 @@ class Uploader:
         self._report = report
         self._on_s3: dict[int, str] = {}
         self._damaged: set[str] = set()
+        self._rolled_back = 0
         self._asked, self._done = 0, 0
         self._change = threading.Condition()
         self._thread = threading.Thread(target=self._work, name="fluid-upload", daemon=True)
@@ -339,6 +346,11 @@ class Uploader:
                 self._change.notify_all()
 
     def _compare(self) -> None:
+        rollback = self._root.parent / ROLLBACK_FILE
+        changed = rollback.stat().st_mtime_ns if rollback.is_file() else 0
+        if changed != self._rolled_back:  # before the next checkpoint: a start elsewhere must skip the same samples
+            self._remote.push_history(self._root.parent)
+            self._rolled_back = changed
         there = {c.step: c for c in self._remote.list()}
         here = {c.step: c for c in list_checkpoints(self._root) if c.complete}
         keep = self._kept([*there.values(), *here.values()])

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from tqdm import tqdm
 
@@ -27,17 +27,18 @@ from fluid_core.registry.lineage import code_version
 from fluid_core.registry.tracking import SPOOL, Tracker
 from fluid_core.training.checkpoint import PINNED, list_checkpoints
 from fluid_core.training.loader import Slicing, check_datasets
-from fluid_core.training.loop import ROLLBACK_FILE, STOP_FILE, RunSettings
+from fluid_core.training.loop import STOP_FILE, RunSettings
 from fluid_core.training.metrics import read_metrics
 from fluid_core.training.notices import NOTICES, say
 from fluid_core.training.ray_data import NAME as RAY_DATASET
 from fluid_core.training.ray_data import streaming_dataset
-from fluid_core.training.remote import RemoteCheckpoints, WriterLease, fetch_newest
+from fluid_core.training.remote import ROLLBACK_FILE, RemoteCheckpoints, WriterLease, fetch_newest
 from fluid_core.workflow.stage import write_json_atomic
 
 FAILED_FILE = "failed.json"
 """What made a worker end that would end the next one too."""
 _POLL_SECONDS = 0.5
+Resume = Literal["same", "any"]
 
 
 def under_torchrun() -> bool:
@@ -53,14 +54,14 @@ def is_driver() -> bool:
 def pretrain(
     recipe: Recipe,
     fingerprint: str,
-    resume: bool = False,
+    resume: Resume | None = None,
     fresh: bool = False,
     begin: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
-    """Train under Ray Train or torchrun, going on from the newest complete checkpoint.
+    """Train under Ray Train or torchrun, from the start or from the newest complete checkpoint.
 
-    A run that this fingerprint began is continued by itself. What another recipe left under the same name is continued
-    only with `resume`, and removed only with `fresh`. `begin` is called once the run's name is this start's.
+    Checkpoints under the run's name are gone on from only with `resume`: "same" if they are of this fingerprint, "any" whatever
+    recipe made them. `fresh` removes them. `begin` is called once the run's name is this start's.
 
     Returns:
         {"step", "stopped", "metrics"}; `stopped` is the signal's number when SIGTERM or SIGINT asked for an end. Only
@@ -69,12 +70,12 @@ def pretrain(
     Raises:
         ValueError: the recipe, the data or the run's name will not do, or a worker met such an error.
         WorkFailed: the workers failed more often than training.max_failures allows, or no checkpoint could be written.
-        ConnectionError: checkpoints on S3 could not be read at the start, or not be written by the end; the same command
-            goes on.
+        ConnectionError: checkpoints on S3 could not be read at the start, or not be written by the end.
     """
     if under_torchrun():
         recipe.training = recipe.training.model_copy(update={"workers": int(os.environ["WORLD_SIZE"])})
-        fresh = fresh and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"
+        if os.environ["TORCHELASTIC_RESTART_COUNT"] != "0":
+            resume, fresh = resume or "same", False
     check_inputs(recipe)
     run_dir = recipe.training_dir.resolve()
     run_dir.mkdir(parents=True, exist_ok=True)
@@ -109,7 +110,7 @@ def pretrain(
     if not result["uploaded"]:
         raise ConnectionError(
             f"step {result['step']} is reached and saved in {root}, but {uri} still lacks checkpoints (see "
-            f"{run_dir / NOTICES}): run the same command again to copy them"
+            f"{run_dir / NOTICES}): the same command with --resume copies them"
         )
     # Stopped without a signal here: another node's process had one, or somebody made the file.
     result["stopped"] = (signalled[0] if signalled else int(signal.SIGTERM)) if result["stopped"] else None
@@ -149,7 +150,13 @@ def encoder_identities(recipe: Recipe) -> dict[str, dict[str, Any]]:
 
 
 def _claim(
-    recipe: Recipe, run_dir: Path, root: Path, remote: RemoteCheckpoints | None, fingerprint: str, resume: bool, fresh: bool
+    recipe: Recipe,
+    run_dir: Path,
+    root: Path,
+    remote: RemoteCheckpoints | None,
+    fingerprint: str,
+    resume: Resume | None,
+    fresh: bool,
 ) -> dict[str, Any]:
     """Decide whether this start may use what is under the run's name, and note the decision in run.json."""
     path = run_dir / "run.json"
@@ -170,10 +177,13 @@ def _claim(
         for name in ("metrics.jsonl", "validation.jsonl", "strikes.jsonl", ROLLBACK_FILE, NOTICES, "result.json", "run.json"):
             (run_dir / name).unlink(missing_ok=True)
         record = None
-    elif not resume and (record is None or record["fingerprint"] != fingerprint):
-        _refuse_another_run(run_dir, root, remote, fingerprint)
+    elif resume != "any" and not (resume and record and record["fingerprint"] == fingerprint):
+        _refuse_what_is_there(run_dir, root, remote, record, fingerprint, resume)
     if record is None or (record["fingerprint"] != fingerprint and not resume):
         record = {"fingerprint": fingerprint, "tracking_run_id": None}
+        # Begun on another machine, or its run.json is lost: the run in MLflow stays one.
+        known = (_newest_state(root, remote) or {}).get("tracking_key") if resume else None
+        record |= {"tracking_key": known} if known else {}
     from fluid_core.registry.mlflow_client import absolute_uri
 
     record |= {
@@ -199,30 +209,40 @@ def _claim(
     return record
 
 
-def _refuse_another_run(run_dir: Path, root: Path, remote: RemoteCheckpoints | None, fingerprint: str) -> None:
+def _refuse_what_is_there(
+    run_dir: Path,
+    root: Path,
+    remote: RemoteCheckpoints | None,
+    record: dict[str, Any] | None,
+    fingerprint: str,
+    resume: Resume | None,
+) -> None:
+    """Raise ValueError for checkpoints under the run's name that nobody asked to go on from."""
     here, there = list_checkpoints(root), remote.list() if remote else []
-    if not here and not there:
-        return
-    if _newest_fingerprint(root, remote) == fingerprint:  # begun on another machine, or its run.json is lost
-        return
     steps = [c.step for c in here if c.complete] + [c.step for c in there if c.complete]
-    where = f"step {max(steps)}" if steps else "no complete checkpoint"
+    # The newest checkpoint knows it where the run was begun on another machine, or its run.json is lost.
+    same = (record or {}).get("fingerprint") == fingerprint or (_newest_state(root, remote) or {}).get(
+        "fingerprint"
+    ) == fingerprint
+    if not (here or there) or (same and (resume or not steps)):
+        return
+    where = run_dir if remote is None or here else remote.uri
+    what = "this very run" if same else "a run of another recipe or other data"
     raise ValueError(
-        f"{run_dir if remote is None or here else remote.uri} holds a run of another recipe or other data ({where}): choose "
-        "a new training.run_name, add --resume to go on from its last checkpoint, or --force to begin again and delete its "
-        "checkpoints"
+        f"{where} holds {what} ({f'step {max(steps)}' if steps else 'no complete checkpoint'}): add --resume to go on from its last "
+        "checkpoint, choose a new training.run_name, or --force to begin again and delete its checkpoints"
     )
 
 
-def _newest_fingerprint(root: Path, remote: RemoteCheckpoints | None) -> str | None:
-    """The fingerprint that the newest complete checkpoint, here or on S3, was saved under; None where there is none."""
+def _newest_state(root: Path, remote: RemoteCheckpoints | None) -> dict[str, Any] | None:
+    """The state of the newest complete checkpoint, here or on S3; None where there is none."""
     here = [c for c in list_checkpoints(root) if c.complete]
     if remote:
         for checkpoint in reversed([c for c in remote.list() if c.complete and (not here or c.step > here[-1].step)]):
             # One whose marker is not for its state is passed over, as fetch_newest does.
             with suppress(ValueError):
-                return str(remote.state(checkpoint.step)["fingerprint"])
-    return str(here[-1].state["fingerprint"]) if here else None
+                return remote.state(checkpoint.step)
+    return here[-1].state if here else None
 
 
 def worker(config: dict[str, Any]) -> None:
@@ -254,7 +274,7 @@ def _work_here(recipe: Recipe, settings: RunSettings) -> None:
     try:
         _train_here(recipe, settings)
     except OSError as error:
-        raise WorkFailed(f"training failed: {error}; the same command goes on from there") from error
+        raise WorkFailed(f"training failed: {error}; --resume goes on from the last checkpoint") from error
 
 
 def _train_here(recipe: Recipe, settings: RunSettings) -> None:
@@ -367,7 +387,7 @@ def _failure(error: Exception, max_failures: int) -> Exception:
     found = [getattr(failure, "_base_exc", failure) for failure in getattr(error, "worker_failures", {}).values()]
     if hasattr(error, "controller_failure"):
         found.append(error.controller_failure)
-    again = f"(failure {max_failures + 1}, training.max_failures is {max_failures}); the same command goes on from the last checkpoint"
+    again = f"(failure {max_failures + 1}, training.max_failures is {max_failures}); --resume goes on from the last checkpoint"
     for failure in found:
         if isinstance(failure, OSError):
             return WorkFailed(f"training failed: {failure} {again}")

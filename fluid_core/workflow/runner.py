@@ -33,7 +33,7 @@ STAGES = (
     "report",
 )
 PIPELINES = Path(__file__).resolve().parents[2] / "pipelines"
-_EXTRA_ARGUMENTS = {"serve": ["--check"]}
+_EXTRA_ARGUMENTS = {"pretrain": ["--resume", "same"], "serve": ["--check"]}
 _WITHOUT_RAY = ("prepare_openmoji", "prepare_shapes", "evaluate", "promote", "report")
 
 

@@ -303,13 +303,15 @@ def test_a_run_survives_its_workers_its_driver_a_notice_of_preemption_and_a_stop
     driver.wait_for_step(metrics, reached + 12)
     assert not Path(f"/proc/{stopped_worker}").exists(), "the stopped worker is not left behind"
 
-    # kill -9 of the driver: the same command goes on by itself, without --resume.
+    # kill -9 of the driver: the same command goes on where it is told to.
     workers()
     driver.kill()
     driver.wait()
     newest = latest_complete(root)
     assert newest is not None and newest.step >= 10
-    driver = _Driver(repository, config, "--set", "training.checkpoint_every=100000")
+    status, out = _Driver(repository, config).end()
+    assert status == 2 and "holds this very run" in out and "add --resume" in out, out
+    driver = _Driver(repository, config, "--resume", "same", "--set", "training.checkpoint_every=100000")
     workers()
     reached = driver.wait_for_step(metrics, newest.step + 11)
     driver.wait_for_step(metrics, reached + 2)
@@ -331,7 +333,7 @@ def test_a_run_survives_its_workers_its_driver_a_notice_of_preemption_and_a_stop
     # SIGTERM: the step is finished, a checkpoint saved, and the exit status says that it is not done.
     driver.send_signal(signal.SIGTERM)
     status, out = driver.end()
-    assert status == 143 and "checkpoint saved; the same command goes on" in out, out
+    assert status == 143 and "checkpoint saved; --resume goes on" in out, out
     stopped = latest_complete(root, verify=True)
     assert stopped is not None and read_metrics(metrics)[-1]["step"] == stopped.step < 3000
 

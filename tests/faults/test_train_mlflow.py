@@ -1,16 +1,14 @@
 """Training while MLflow is away: all that one run says ends up in one MLflow run."""
 
 import json
-import os
 import sys
 from pathlib import Path
 
 from forked import Program
-from s3_support import free_ports
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "training"))
 
-from small_run import small_recipe
+from small_run import as_torchrun, small_recipe
 
 from fluid_core.registry.lineage import code_version
 from fluid_core.registry.mlflow_client import mlflow_client
@@ -23,11 +21,7 @@ def test_mlflow_is_away_for_the_whole_first_start(repository: Path, tmp_path: Pa
     uri = f"sqlite:///{blocker}/mlflow.db"
     command = [str(repository / "pipelines" / "pretrain.py"), "--config", str(tmp_path / "recipe.yaml")]
     command += ["--set", f"registry.tracking_uri={uri}"]
-    # What torchrun says to its only process: driver and worker in one, without Ray.
-    environment = os.environ | {
-        "TORCHELASTIC_RUN_ID": "test", "TORCHELASTIC_RESTART_COUNT": "0", "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1",
-        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_ports(1)[0]), "DS_ACCELERATOR": "cpu",
-    }  # fmt: skip
+    environment = as_torchrun()  # driver and worker in one, without Ray
     status, out = Program(command, tmp_path / "away.log", environment, repository).end()
     assert status == 0, out
     record = json.loads((recipe.training_dir / "run.json").read_text())

@@ -1,18 +1,18 @@
 """Training whose checkpoints go to S3, while S3 is down and while the trainer dies: real processes, a real server."""
 
+import json
 import os
 import shutil
 import sys
 import time
 from pathlib import Path
 
-import yaml
 from forked import Program
 from s3_support import BUCKET, FaultyProxy
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "training"))
 
-from small_run import run_workers, small_recipe, start_workers
+from small_run import as_torchrun, run_workers, small_recipe, start_workers
 
 from fluid_core.training.checkpoint import list_checkpoints
 from fluid_core.training.metrics import read_metrics
@@ -79,21 +79,25 @@ def test_killed_between_the_last_file_and_the_marker(proxy: FaultyProxy, reposit
     # Another machine, which has nothing but the recipe and S3: the driver fetches, Ray's workers go on from there.
     shutil.rmtree(recipe.training_dir)
     config = tmp_path / "recipe.yaml"
-    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    without_ray = as_torchrun()
     command = [str(repository / "pipelines" / "pretrain.py"), "--config", str(config)]
-    status, out = Program(command, tmp_path / "refused.log", environment, repository).end()
+    status, out = Program(command, tmp_path / "refused.log", without_ray, repository).end()
     assert status == 2 and f"{uri} holds a run of another recipe" in out, out
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     command += ["--resume", "--set", "training.max_steps=6"]
     status, out = Program(command, tmp_path / "resumed.log", environment, repository).end()
     assert status == 0 and f"fetched {uri}/step_00000004" in out, out
     assert [line["step"] for line in read_metrics(recipe.training_dir / "metrics.jsonl")] == [1, 2, 3, 4, 5, 6]
     assert [line["step"] for line in read_metrics(recipe.training_dir / "validation.jsonl")] == [3, 4, 6]
     assert [(c.step, remote.problem(c)) for c in remote.list()] == [(2, None), (4, None), (6, None)]
-    assert yaml.safe_load((recipe.training_dir / "run.json").read_text())["checkpoints"] == uri
+    second = json.loads((recipe.training_dir / "run.json").read_text())
+    assert second["checkpoints"] == uri
 
-    # A third machine: the newest checkpoint is of this very recipe, so no word is needed.
+    # A third machine, without Ray: the newest checkpoint is of this very recipe, and of the second one's run in MLflow.
     shutil.rmtree(recipe.training_dir)
-    command.remove("--resume")
-    status, out = Program(command, tmp_path / "by_itself.log", environment, repository).end()
+    command.insert(command.index("--resume") + 1, "same")
+    status, out = Program(command, tmp_path / "third.log", without_ray, repository).end()
     assert status == 0 and f"fetched {uri}/step_00000006" in out, out
     assert [line["step"] for line in read_metrics(recipe.training_dir / "metrics.jsonl")] == [1, 2, 3, 4, 5, 6]
+    third = json.loads((recipe.training_dir / "run.json").read_text())
+    assert third["tracking_run_id"] == second["tracking_run_id"]

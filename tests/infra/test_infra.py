@@ -3,6 +3,8 @@
 import ast
 import json
 import re
+import runpy
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -146,13 +148,24 @@ def test_overrides_in_manifests_are_valid_settings(repository: Path) -> None:
     assert grace > recipe.serving.drain_seconds
 
 
-def test_the_argo_steps_call_pipelines_that_exist(repository: Path) -> None:
+def test_the_argo_steps_call_pipelines_that_take_their_arguments(
+    repository: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     workflow = next(document for _, document in documents(repository) if document["kind"] == "Workflow")
     templates = {template["name"]: template for template in workflow["spec"]["templates"]}
+    values = {f"workflow.parameters.{item['name']}": item["value"] for item in workflow["spec"]["arguments"]["parameters"]}
+    monkeypatch.chdir(repository)
     for (step,) in templates["all"]["steps"]:
-        assert step["template"] in templates
         (parameter,) = step["arguments"]["parameters"]
-        assert (repository / "pipelines" / f"{parameter['value']}.py").is_file()
+        (command,) = templates[step["template"]]["container"]["args"]
+        for name, value in (values | {f"inputs.parameters.{parameter['name']}": parameter["value"]}).items():
+            command = command.replace("{{" + name + "}}", value)
+        words = command.split(" -- python ")[1].split()
+        monkeypatch.setattr(sys, "argv", [*words, "--print-config"])
+        with pytest.raises(SystemExit) as end:
+            runpy.run_path(words[0], run_name="__main__")
+        assert not end.value.code, command
+        assert yaml.safe_load(capsys.readouterr().out)["registry"]["tracking_uri"] == "http://mlflow.mlflow.svc:5000"
 
 
 def test_what_the_image_copies_is_there(repository: Path) -> None:

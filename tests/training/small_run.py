@@ -126,8 +126,8 @@ def small_recipe(folder: Path, data: dict[str, Any] | None = None, **training: A
     return load_recipe(write_recipe(folder, data, **training))
 
 
-def write_checkpoint(root: Path, step: int) -> Checkpoint:
-    """A complete checkpoint of two shards whose values are its step."""
+def write_checkpoint(root: Path, step: int, **state: Any) -> Checkpoint:
+    """A complete checkpoint of two shards whose values are its step; `state` is added to its state.json."""
     folder = root / f"step_{step:08d}"
     folder.mkdir(parents=True)
     files = {}
@@ -135,7 +135,7 @@ def write_checkpoint(root: Path, step: int) -> Checkpoint:
         shard = folder / f"rank_{rank:05d}.safetensors"
         save_file({"master/w": torch.full((1000,), float(step + rank))}, shard, metadata={"starts": '{"master/w": 0}'})
         files[shard.name] = {"bytes": shard.stat().st_size, "sha256": file_sha256(shard)}
-    write_json_atomic(folder / "state.json", {"step": step, "world_size": 2, "files": files})
+    write_json_atomic(folder / "state.json", {"step": step, "world_size": 2, "files": files} | state)
     (folder / "_COMPLETE").write_text(hashlib.sha256((folder / "state.json").read_bytes()).hexdigest() + "\n")
     return Checkpoint(folder, step)
 
@@ -158,6 +158,17 @@ loop = TrainingLoop
 run_worker(Recipe.model_validate(job["recipe"]), RunSettings(**job["settings"]), loop)
 torch.distributed.destroy_process_group()
 """
+
+
+def as_torchrun() -> dict[str, str]:
+    """The environment in which torchrun starts its only process: driver and worker in one, without Ray."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    return os.environ | {
+        "TORCHELASTIC_RUN_ID": "test", "TORCHELASTIC_RESTART_COUNT": "0", "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1",
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "DS_ACCELERATOR": "cpu",
+    }  # fmt: skip
 
 
 def start_workers(recipe: Recipe, patch: str = "", resume: bool = True, fingerprint: str = "f") -> list[Program]:

@@ -4,6 +4,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, Literal
 
 import pytest
 from small_run import small_recipe, write_checkpoint
@@ -66,5 +67,37 @@ def test_to_begin_again_does_not_delete_what_is_pinned(tmp_path: Path) -> None:
     write_checkpoint(root, 2)
     pin(write_checkpoint(root, 4))
     with pytest.raises(ValueError, match=r"pinned checkpoints \(step 4\).*training.run_name"):
-        _claim(recipe, recipe.training_dir, root, None, "f", resume=False, fresh=True)
+        _claim(recipe, recipe.training_dir, root, None, "f", resume=None, fresh=True)
     assert latest_complete(root, verify=True) == Checkpoint(root / "step_00000004", 4)
+
+
+def test_a_used_name_needs_a_word(tmp_path: Path) -> None:
+    recipe = small_recipe(tmp_path)
+    run_dir, root = recipe.training_dir, recipe.training_dir / "checkpoints"
+
+    def start(fingerprint: str, resume: Literal["same", "any"] | None = None) -> dict[str, Any]:
+        return _claim(recipe, run_dir, root, None, fingerprint, resume, fresh=False)
+
+    def step(number: int, tracking_key: str) -> None:
+        write_checkpoint(root, number, fingerprint="f", tracking_key=tracking_key)
+
+    begun = start("f")
+    (root / "step_00000002").mkdir(parents=True)  # killed in the middle of its first checkpoint
+    with pytest.raises(ValueError, match=r"another recipe or other data \(no complete checkpoint\): add --resume"):
+        start("g", "same")
+    assert start("f") == begun, "nothing is lost by beginning again"
+    step(4, begun["tracking_key"])
+    with pytest.raises(ValueError, match=r"holds this very run \(step 4\): add --resume .* new training.run_name, or --force"):
+        start("f")
+    for resume in (None, "same"):
+        with pytest.raises(ValueError, match=r"holds a run of another recipe or other data \(step 4\): add --resume"):
+            start("g", resume)  # type: ignore[arg-type]
+    assert start("f", "same") == start("f", "any") == begun
+    assert start("g", "any") == begun | {"fingerprint": "g"}
+    # Another machine, to which only the checkpoints came: the newest one knows the recipe and the run in MLflow.
+    (run_dir / "run.json").unlink()
+    with pytest.raises(ValueError, match="holds this very run"):
+        start("f")
+    with pytest.raises(ValueError, match="holds a run of another recipe"):
+        start("g", "same")
+    assert start("f", "same") == begun

@@ -157,6 +157,29 @@ def test_lines_of_metrics_are_on_s3_before_the_checkpoint_is(s3: str, tmp_path: 
     assert [item.name for item in open_storage(uri).list() if not item.name.startswith("step_")] == []
 
 
+def test_a_roll_back_is_on_s3_before_the_next_checkpoint_is(s3: str, tmp_path: Path) -> None:
+    uri, here, elsewhere = f"{s3}/roll", tmp_path / "here", tmp_path / "elsewhere"
+    remote = RemoteCheckpoints(uri)
+    write_checkpoint(here / "checkpoints", 2)
+    uploader = Uploader(here / "checkpoints", remote, 3, None)
+    assert uploader.finish(300) and open_storage(uri).read_or_none("rollback.json") is None
+    first, second = ({"step": 2, "samples": samples, "times": times} for samples, times in ((60, 1), (90, 2)))
+    for rollback in (first, second):
+        write_json_atomic(here / "rollback.json", rollback)
+        uploader.notify()
+        assert uploader.finish(300)
+        elsewhere.mkdir(exist_ok=True)
+        remote.fetch_history(elsewhere)
+        assert json.loads((elsewhere / "rollback.json").read_text()) == rollback
+    # The one that is here may be the later one: the machine was killed before it reached S3.
+    later = second | {"samples": 120, "times": 3}
+    write_json_atomic(elsewhere / "rollback.json", later)
+    remote.fetch_history(elsewhere)
+    assert json.loads((elsewhere / "rollback.json").read_text()) == later
+    remote.remove_history()
+    assert open_storage(uri).read_or_none("rollback.json") is None
+
+
 def _until(holds: Callable[[], Any]) -> None:
     """Wait for something that another thread does, however busy the machine is."""
     deadline = time.monotonic() + 300

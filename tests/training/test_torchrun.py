@@ -30,7 +30,7 @@ def _is_worker(process: Path, parent: int, rank: int) -> bool:
 
 
 def test_a_run_that_was_stopped_and_went_on_is_the_run_of_plain_workers(repository: Path, tmp_path: Path) -> None:
-    """SIGTERM to one worker, as when one of several nodes goes, saves a checkpoint; the same command goes on."""
+    """SIGTERM to one worker, as when one of several nodes goes, saves a checkpoint; with --resume the same command goes on."""
     recipe = small_recipe(tmp_path / "reference", optimizer="muon", max_steps=40, checkpoint_every=40, validate_every=40)
     run_workers(recipe)
     expected = read_metrics(recipe.training_dir / "metrics.jsonl")
@@ -48,7 +48,7 @@ def test_a_run_that_was_stopped_and_went_on_is_the_run_of_plain_workers(reposito
     assert run.returncode and 0 < len(read_metrics(metrics)) < 40, said
     assert not list(tmp_path.rglob("stages/pretrain.json")), "a stopped run is not recorded as complete"
 
-    run = _torchrun(repository, folder)
+    run = _torchrun(repository, folder, "--resume", "same")
     said, _ = run.communicate(timeout=120)
     assert run.returncode == 0 and said.count("pretrain: 40 steps") == 1, said
     lines = read_metrics(metrics)

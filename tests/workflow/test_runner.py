@@ -47,7 +47,7 @@ def main(recipe, args):
 
 def arguments(parser):
     parser.add_argument("--check", action="store_true")
-    parser.add_argument("--resume", action="store_true")
+    parser.add_argument("--resume", choices=["same"])
 
 run_pipeline(main, __doc__, arguments)
 """
