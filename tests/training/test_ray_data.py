@@ -19,8 +19,12 @@ from fluid_core.training.run import check_inputs
 _DATA = {"rows": 48, "shards": 4, "group": 4}
 
 
-def _read(recipe: Recipe, start: int, steps: int) -> list[list[Batch]]:
-    """What the two workers get: for each step, rank 0's micro-batch and rank 1's. As Ray Train splits the stream."""
+def _read(recipe: Recipe, *parts: tuple[int, int]) -> list[list[Batch]]:
+    """What the two workers get: for each step, rank 0's micro-batch and rank 1's. As Ray Train splits the stream.
+
+    Args:
+        parts: (position to begin at, steps), one stream after the other.
+    """
     data = EncodedDataset(recipe.encode.output)
     dataset, config = streaming_dataset(data, recipe.seed)
     shards = config.configure({NAME: dataset}, 2, None, None)
@@ -29,9 +33,10 @@ def _read(recipe: Recipe, start: int, steps: int) -> list[list[Batch]]:
     def work(rank: int) -> None:
         collator = Collator(data.manifest, recipe.model)
         loader = RayDataLoader(data, shards[rank][NAME], recipe.seed, Slicing(12, rank, 2, None), 16, collator)
-        stream = loader.stream(start)
-        found[rank] = [next(stream)[0] for _ in range(steps)]
-        stream.close()
+        for start, steps in parts:
+            stream = loader.stream(start)
+            found[rank] += [next(stream)[0] for _ in range(steps)]
+            stream.close()
 
     threads = [threading.Thread(target=work, args=(rank,)) for rank in (0, 1)]
     for thread in threads:
@@ -47,13 +52,14 @@ def _hash(pair: list[Batch]) -> str:
 
 def test_the_stream_is_the_same_again_and_starts_anywhere(ray_session: str, tmp_path: Path) -> None:
     recipe = small_recipe(tmp_path, _DATA)
-    whole = _read(recipe, 0, 8)
+    whole = _read(recipe, (0, 8))
     for epoch in (whole[:4], whole[4:]):
         keys = [key for pair in epoch for batch in pair for key in batch.keys]
         assert len(set(keys)) == len(keys) == 48
     assert [b.keys for b in whole[0]] != [b.keys for b in whole[4]], "each epoch is shuffled anew"
-    later = _read(recipe, 5 * 12, 3)
-    for ours, theirs in zip(later, whole[5:], strict=True):
+    # From the middle of an epoch; then, as after a roll-back, from the middle of the first one again.
+    later = _read(recipe, (5 * 12, 3), (1 * 12, 2))
+    for ours, theirs in zip(later, [*whole[5:], *whole[1:3]], strict=True):
         for a, b in zip(ours, theirs, strict=True):
             assert a.keys == b.keys and a.positions == b.positions
             assert torch.equal(a.tokens, b.tokens) and torch.equal(a.text_BLE, b.text_BLE)
@@ -74,7 +80,7 @@ def test_a_run_reads_through_ray_data_and_resumes(ray_session: str, repository: 
         status, out = Program([*command, "--set", f"training.max_steps={steps}"], log, cwd=repository).end()
         assert status == 0, out[-4000:]
     lines = read_metrics(recipe.training_dir / "metrics.jsonl")
-    assert [line["keys_sha256"] for line in lines] == [_hash(pair) for pair in _read(recipe, 0, 5)]
+    assert [line["keys_sha256"] for line in lines] == [_hash(pair) for pair in _read(recipe, (0, 5))]
 
 
 def test_a_mixture_is_refused(tmp_path: Path) -> None:
