@@ -6,7 +6,7 @@ Only the states of valid tokens leave this file: nothing downstream can attend t
 """
 
 import functools
-from collections import defaultdict
+import heapq
 from pathlib import Path
 from typing import Any, Literal
 
@@ -93,22 +93,38 @@ class TextEncoder:
     def encode_ids(self, ids: list[list[int]]) -> list[Tensor]:
         """Token ids -> states (L, E) of the valid tokens, in the encoder's dtype.
 
-        Captions of one length go through together, so nothing is padded and nothing has to be masked.
+        Captions lie one after the other in rows of up to max_tokens tokens and are blind to each other. T5 knows only the distance
+        between two tokens, so these are the states that a caption has alone, up to rounding; and one call reads the weights for
+        many captions, of whatever lengths.
         """
-        by_length: dict[int, list[int]] = defaultdict(list)
-        for index, row in enumerate(ids):
-            if not row:
+        for index, caption in enumerate(ids):
+            if not caption:
                 raise ValueError(f"caption {index} has no tokens: even an empty caption has its end-of-sequence token")
-            by_length[len(row)].append(index)
-        states: list[Tensor | None] = [None] * len(ids)
-        for length, indices in sorted(by_length.items()):
-            step = max(1, T5_TOKENS_PER_BATCH // length)
-            for start in range(0, len(indices), step):
-                part = indices[start : start + step]
-                batch = torch.tensor([ids[i] for i in part], dtype=torch.int64, device=self.device)
-                for i, state in zip(part, self.model(input_ids=batch).last_hidden_state, strict=True):
-                    states[i] = state
-        return [state for state in states if state is not None]
+        rows = _packed([len(caption) for caption in ids], self.max_tokens)
+        width = max((sum(len(ids[i]) for i in row) for row in rows), default=1)
+        step = max(1, T5_TOKENS_PER_BATCH // width)
+        states: dict[int, Tensor] = {}
+        for start in range(0, len(rows), step):
+            states |= self._encode_rows(rows[start : start + step], width, ids)
+        return [states[i] for i in range(len(ids))]
+
+    def _encode_rows(self, rows: list[list[int]], width: int, ids: list[list[int]]) -> dict[int, Tensor]:
+        """The states of the captions in some rows, by the caption's number."""
+        tokens = torch.zeros(len(rows), width, dtype=torch.int64)
+        owner = torch.full((len(rows), width), -1)  # padding is a caption of its own
+        places: dict[int, tuple[int, slice]] = {}
+        for r, row in enumerate(rows):
+            first = 0
+            for i in row:
+                place = slice(first, first + len(ids[i]))
+                tokens[r, place], owner[r, place], places[i] = torch.tensor(ids[i]), i, (r, place)
+                first = place.stop
+        apart = owner[:, None, :, None] != owner[:, None, None, :]
+        mask = None
+        if apart.any():
+            mask = torch.zeros(apart.shape, dtype=self.dtype).masked_fill_(apart, torch.finfo(self.dtype).min).to(self.device)
+        out = self.model(input_ids=tokens.to(self.device), attention_mask=mask).last_hidden_state
+        return {i: out[r, place] for i, (r, place) in places.items()}
 
     def encode(self, captions: list[str]) -> list[Tensor]:
         """Captions -> states (L, E) of the valid tokens; too long captions are cut."""
@@ -122,3 +138,18 @@ class TextEncoder:
         """Write a transformers folder: model and tokenizer."""
         self.model.save_pretrained(str(path))
         self.tokenizer.save_pretrained(str(path))
+
+
+def _packed(lengths: list[int], room: int) -> list[list[int]]:
+    """Rows of captions with up to `room` tokens together: the longest first, each into the emptiest row; a longer one is alone."""
+    rows: list[list[int]] = []
+    emptiest: list[tuple[int, int]] = []  # a heap of (-room left, row)
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        left, row = emptiest[0] if emptiest else (0, 0)
+        if emptiest and lengths[i] <= -left:
+            heapq.heapreplace(emptiest, (left + lengths[i], row))
+            rows[row].append(i)
+        else:
+            heapq.heappush(emptiest, (lengths[i] - room, len(rows)))
+            rows.append([i])
+    return rows

@@ -362,7 +362,8 @@ class FluidPipeline:
         # Tokenised even when remembered: a prompt that was cut on request is still refused without it.
         ids = dict(zip(unique, self.text_encoder.tokenize(unique, cut=truncate), strict=True))
         new = [prompt for prompt in unique if prompt not in self._prompts]
-        found = dict(zip(new, self.text_encoder.encode_ids([ids[prompt] for prompt in new]), strict=True))
+        # Each by itself: in company the encoder's bf16 states are rounded otherwise, and so would be the image.
+        found = {prompt: self.text_encoder.encode_ids([ids[prompt]])[0] for prompt in new}
         result = [self._prompts[prompt] if prompt in self._prompts else found[prompt] for prompt in prompts]
         self._prompts.update(found)
         for prompt in prompts:

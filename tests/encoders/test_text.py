@@ -44,6 +44,28 @@ def test_equal_to_transformers_with_padding_and_mask(encoder):
         torch.testing.assert_close(state, row[: len(state)], atol=1e-5, rtol=1e-5)
 
 
+def test_captions_share_a_row_and_see_nothing_of_each_other(encoder, monkeypatch):
+    calls = []
+    forward = type(encoder.model).forward
+    monkeypatch.setattr(
+        type(encoder.model), "forward", lambda *a, **k: calls.append(tuple(k["input_ids"].shape)) or forward(*a, **k)
+    )
+    words, generator = encoder.model.config.vocab_size, torch.Generator().manual_seed(0)
+    ids = [torch.randint(2, words, (length,), generator=generator).tolist() for length in (9, 3, 16, 7, 5, 1, 4, 20)]
+    states = encoder.encode_ids(ids)
+    # Rows of max_tokens = 16, but for the caption that is longer: 20; 16; 9 and 7; 5, 4, 3 and 1.
+    assert calls == [(4, 20)]
+    for i, caption in enumerate(ids):
+        torch.testing.assert_close(states[i], encoder.encode_ids([caption])[0], atol=1e-5, rtol=1e-5)
+        others = [[(token + 1) % words for token in other] if j != i else other for j, other in enumerate(ids)]
+        assert torch.equal(encoder.encode_ids(others)[i], states[i]), "whatever the others say"
+    calls.clear()
+    monkeypatch.setattr("fluid_core.encoders.text.T5_TOKENS_PER_BATCH", 45)
+    for ours, expected in zip(encoder.encode_ids(ids), states, strict=True):
+        torch.testing.assert_close(ours, expected, atol=1e-5, rtol=1e-5)
+    assert calls == [(2, 20), (2, 20)]
+
+
 def test_long_captions_are_cut_and_flagged_or_refused(encoder):
     long = " ".join(["red"] * 40)
     ids, cut = encoder.tokenize_flagged(["a red circle", long])
