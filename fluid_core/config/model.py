@@ -82,6 +82,8 @@ class ModelConfig(Section):
             raise ValueError(
                 f"masked_tokens_per_image {self.masked_tokens_per_image} is more than the {self.num_tokens} tokens of an image"
             )
+        if self.order == "raster" and self.mask_law != "cosine":
+            raise ValueError(f"mask_law {self.mask_law} is of order: random; raster masks nothing")
         if self.objective == "eps" and self.head_precision == "bf16":
             raise ValueError("the eps head amplifies rounding errors: use head_precision: fp32, or objective: flow or v")
         return self

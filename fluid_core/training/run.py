@@ -221,9 +221,8 @@ def _refuse_what_is_there(
     here, there = list_checkpoints(root), remote.list() if remote else []
     steps = [c.step for c in here if c.complete] + [c.step for c in there if c.complete]
     # The newest checkpoint knows it where the run was begun on another machine, or its run.json is lost.
-    same = (record or {}).get("fingerprint") == fingerprint or (_newest_state(root, remote) or {}).get(
-        "fingerprint"
-    ) == fingerprint
+    known = [record or {}, _newest_state(root, remote) or {}]
+    same = any(one.get("fingerprint") == fingerprint for one in known)
     if not (here or there) or (same and (resume or not steps)):
         return
     where = run_dir if remote is None or here else remote.uri

@@ -101,3 +101,5 @@ def test_bad_keys_and_too_many_tokens_are_refused() -> None:
         draw_training(tiny_config(), KEYS, 16, (4, 5))
     with pytest.raises(ValueError, match="masked_tokens_per_image 20 is more than the 16 tokens"):
         draw_training(tiny_config(masked_tokens_per_image=20), KEYS, 16)
+    with pytest.raises(ValueError, match="mask_law truncnorm is of order: random"):
+        tiny_config(order="raster", mask_law="truncnorm")
