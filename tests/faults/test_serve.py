@@ -323,9 +323,15 @@ def test_a_redeploy_drains_without_failed_requests(server: Faulty, repository: P
         "overrides": ["serving.max_batch_size=3"],
     }
     config = ServeDeploySchema.model_validate(values)
-    before = {name: [process.pid for process in replicas(name)] for name in ("Gateway", "Generator")}
-    answers = traffic(server, lambda: _get_global_client().deploy_apps(config, _blocking=True))
+    before = {name: {process.pid for process in replicas(name)} for name in ("Gateway", "Generator")}
+
+    def redeploy() -> None:
+        _get_global_client().deploy_apps(config)  # its own wait for the replicas ends after a minute, also on a busy machine
+        until = time.monotonic() + 300
+        for name, pids in before.items():
+            while not (now := {process.pid for process in replicas(name)}) or now & pids:
+                assert time.monotonic() < until, f"{name} was not replaced"
+                time.sleep(0.2)
+
+    answers = traffic(server, redeploy)
     assert Counter(status for status, _, _ in answers) == {200: len(answers)} and len(answers) > 3
-    for name, pids in before.items():
-        now = [process.pid for process in replicas(name)]
-        assert now and not set(pids) & set(now), f"{name} was not replaced"
