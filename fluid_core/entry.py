@@ -13,7 +13,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -156,12 +156,29 @@ def _start_local_ray(**options: Any) -> None:
 
 
 @contextmanager
-def ray_session(num_cpus: int | None = None, log_dir: str | Path | None = None) -> Iterator[None]:
+def _batch_policy() -> Iterator[None]:
+    """What is started in the block inherits Linux' SCHED_BATCH: woken, it waits for a core instead of taking one from who computes."""
+    if not hasattr(os, "sched_setscheduler") or os.sched_getscheduler(0) != os.SCHED_OTHER:
+        yield
+        return
+    with suppress(OSError):
+        os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
+    try:
+        yield
+    finally:
+        with suppress(OSError):
+            os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
+
+
+@contextmanager
+def ray_session(num_cpus: int | None = None, serves: bool = False) -> Iterator[None]:
     """Ray for the duration of a block.
 
     Inside `ray job submit` or the workflow (`RAY_ADDRESS` is set) it joins that cluster; when this process is connected
     already it does nothing; otherwise it starts a private local Ray in a temp folder of its own, so that a cluster that
     the user runs on this machine is never touched.
+
+    `serves`: the private Ray's many small processes shall not interrupt the model at each message (docs/serving.md).
     """
     import ray
 
@@ -177,7 +194,8 @@ def ray_session(num_cpus: int | None = None, log_dir: str | Path | None = None) 
     else:
         # Unix socket paths are limited to 107 bytes: a short folder under the system's temp folder, not under runs/.
         scratch = tempfile.TemporaryDirectory(prefix="fluid-ray-", ignore_cleanup_errors=True)
-        _start_local_ray(_temp_dir=scratch.name, num_cpus=num_cpus, include_dashboard=False, **quiet)
+        with _batch_policy() if serves else nullcontext():
+            _start_local_ray(_temp_dir=scratch.name, num_cpus=num_cpus, include_dashboard=False, **quiet)
     try:
         yield
     finally:

@@ -59,7 +59,7 @@ def _foreground(recipe: Recipe) -> None:
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, end)
-    with ray_session():
+    with ray_session(serves=True):
         with serving(recipe) as (url, ref):
             ready.set()
             print(f"Fluid serves {ref.label} at {url}  (studio: {url}/  API: {url}/docs  Ctrl-C stops)", flush=True)
@@ -86,7 +86,7 @@ def _check(recipe: Recipe, args: argparse.Namespace) -> None:
     recipe.serving.port = 0 if args.port is None else args.port
     recipe.serving.requests_per_minute = None
     key = None
-    with tempfile.TemporaryDirectory(prefix="fluid-check-") as scratch, ray_session():
+    with tempfile.TemporaryDirectory(prefix="fluid-check-") as scratch, ray_session(serves=True):
         if recipe.serving.api_keys_file is not None:
             recipe.serving.api_keys_file = f"{scratch}/keys"
             key = new_key("check", recipe.serving.api_keys_file)

@@ -1,8 +1,9 @@
 """Continuous batching: images join and leave a running batch at autoregressive step boundaries.
 
 One thread owns the model. Every turn it admits waiting images into free places, runs one autoregressive step for each group
-of images that can share it (same grid, head steps and solver; seeds, step counts, guidance and age may differ), decodes the
-images that are finished, and drops those whose client went away or whose deadline has passed.
+of images that can share it (same grid, head steps and solver; seeds, step counts, guidance and age may differ), hands the
+images that are finished to a second thread, and drops those whose client went away or whose deadline has passed. The second
+thread decodes them and reports, while the places they had are in use again.
 
 Images of one age cost least: their text is aligned and their latents are decoded together. So while images wait for
 every free place, those places wait for others that will be free within two steps; under load the images fall into one group
@@ -16,6 +17,7 @@ import threading
 import time
 from collections import defaultdict, deque
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -46,8 +48,8 @@ class Job:
     """The images of one client request.
 
     `make_requests` runs on the batching thread when the job is admitted (it encodes the prompt); a ValueError from it is the
-    client's fault. `on_image(index, image, slot)`, `on_partial(index, image, slot)` and `on_end(error)` are called there too
-    and must return at once. `on_end` is called exactly once, unless the job was cancelled.
+    client's fault. `on_partial(index, image, slot)` is called there too, `on_image(index, image, slot)` on the decoding thread,
+    `on_end(error)` on either; they must return at once. `on_end` is called exactly once, unless the job was cancelled.
     """
 
     count: int
@@ -89,7 +91,7 @@ class _Running:
 
 
 class ContinuousBatcher:
-    """Owns `pipeline` and the thread that runs it."""
+    """Owns `pipeline` and the threads that run it."""
 
     def __init__(self, pipeline: "FluidPipeline", max_batch_size: int):
         self.pipeline = pipeline
@@ -101,6 +103,9 @@ class ContinuousBatcher:
         self._waiting: dict[bool, deque[Job]] = {False: deque(), True: deque()}
         self._starting: deque[tuple[Job, int, GenerationRequest]] = deque()
         self._running: list[_Running] = []
+        self._decoder = ThreadPoolExecutor(1, thread_name_prefix="fluid-decoder")
+        self._decoding: Future[None] | None = None
+        self._failed: deque[tuple[Job, Exception]] = deque()  # from the decoder: the lists are the batching thread's
         self._changed = threading.Condition()
         self._stopping = False
         self._turn_started: float | None = None
@@ -127,7 +132,10 @@ class ContinuousBatcher:
         return not self._thread.is_alive()
 
     def healthy(self, stalled_seconds: float) -> bool:
-        """The thread lives, and its present turn has not lasted longer than `stalled_seconds`."""
+        """The batching thread lives, and its present turn has not lasted longer than `stalled_seconds`.
+
+        A decoder that hangs holds it up too: at the next images to decode, or when nothing else is left to do.
+        """
         started = self._turn_started
         return self._thread.is_alive() and (started is None or time.monotonic() - started < stalled_seconds)
 
@@ -152,7 +160,10 @@ class ContinuousBatcher:
             self._admit()
             for group in self._groups():
                 self._step(group)
+            if not (self._running or self._starting or any(self._waiting.values())):
+                self._await_decoder()
         self._turn_started = None
+        self._decoder.shutdown()
         del self.pipeline
 
     def _drop_dead(self) -> None:
@@ -164,6 +175,7 @@ class ContinuousBatcher:
         for job in jobs.values():
             if job.cancelled or now > job.deadline:
                 self._end(job, None if job.cancelled else Expired())
+        self._end_failed()
 
     def _admit(self) -> None:
         """Fill the free places; images that start together go through the text aligner together."""
@@ -234,35 +246,54 @@ class ContinuousBatcher:
             decode_step(self.pipeline.model, [running.slot for running in group])
             self.steps += 1
             self.last_batch = len(group)
-            done = [running for running in group if running.slot.done]
-            if done:
-                self._finish(done)
             partial = [running for running in group if running.wants_preview]
             if partial:
                 for running, image in zip(partial, self._decode(partial), strict=True):
                     if running.job.on_partial and not running.job.cancelled and isinstance(image, Image.Image):
                         running.job.on_partial(running.index, image, running.slot)
+            done = [running for running in group if running.slot.done]
+            if done:
+                self._hand_over(done)
         except Exception as error:
             logger.exception("a batch of %d images failed", len(group))
             for job in {id(running.job): running.job for running in group}.values():
                 self._end(job, error)
 
-    def _finish(self, done: list[_Running]) -> None:
-        images = self._decode(done)
+    def _hand_over(self, done: list[_Running]) -> None:
+        """Free the places of finished images and have them decoded. One batch at a time: a slow decoder holds the steps up."""
         finished = {id(running) for running in done}
         self._running = [running for running in self._running if id(running) not in finished]
-        for running, image in zip(done, images, strict=True):
-            job = running.job
-            self.images += 1
-            if job.cancelled:
-                continue
-            if isinstance(image, FloatingPointError):
-                self._end(job, image)
-                continue
-            job.on_image(running.index, image, running.slot)
-            job.remaining -= 1
-            if job.remaining == 0:
-                job.on_end(None)
+        self._await_decoder()
+        self._decoding = self._decoder.submit(self._finish, done)
+
+    def _await_decoder(self) -> None:
+        if self._decoding is not None:
+            self._decoding.result()
+            self._decoding = None
+        self._end_failed()
+
+    def _end_failed(self) -> None:
+        while self._failed:
+            self._end(*self._failed.popleft())
+
+    def _finish(self, done: list[_Running]) -> None:
+        """On the decoding thread."""
+        try:
+            for running, image in zip(done, self._decode(done), strict=True):
+                job = running.job
+                self.images += 1
+                if job.cancelled:
+                    continue
+                if isinstance(image, FloatingPointError):
+                    self._failed.append((job, image))
+                    continue
+                job.on_image(running.index, image, running.slot)
+                job.remaining -= 1
+                if job.remaining == 0:
+                    job.on_end(None)
+        except Exception as error:
+            logger.exception("a batch of %d images could not be decoded", len(done))
+            self._failed.extend((job, error) for job in {id(r.job): r.job for r in done if r.job.remaining}.values())
 
     def _decode(self, running: list[_Running]) -> list[Image.Image | FloatingPointError]:
         """The images; in place of one that came out NaN, by settings that a client may try, its error. The others are whole."""

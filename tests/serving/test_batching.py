@@ -224,3 +224,46 @@ def test_an_image_that_comes_out_nan_spoils_no_other(pipeline: FluidPipeline) ->
     assert same(neighbour.images[0], pipeline(["a red circle"], seed=4)[0])
     batcher.close()
     assert batcher.join(10) and batcher.steps == 6
+
+
+def test_places_are_used_again_while_their_images_are_decoded(pipeline: FluidPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One place; the decoder stands still: the second image takes all its steps, the third none before the decoder is free."""
+    batcher = ContinuousBatcher(pipeline, max_batch_size=1)
+    gate, decode = threading.Event(), pipeline.decode
+    monkeypatch.setattr(pipeline, "decode", lambda *arguments: (gate.wait(60), decode(*arguments))[1])
+    clients = [Client(pipeline, ["a red circle"], seed=seed, num_steps=4) for seed in range(3)]
+    for client in clients:
+        batcher.submit(client.job)
+    until = time.monotonic() + 60
+    while batcher.steps < 8:
+        assert time.monotonic() < until
+        time.sleep(0.01)
+    time.sleep(0.3)
+    assert batcher.steps == 8 and not batcher.healthy(0.2) and not clients[0].ended.is_set()
+    gate.set()
+    for seed, client in enumerate(clients):
+        assert client.wait().error is None
+        assert same(client.images[0], pipeline(["a red circle"], seed=seed, num_steps=4)[0])
+    batcher.close()
+    assert batcher.join(10)
+
+
+def test_a_decoder_that_fails_ends_its_images_and_no_others(pipeline: FluidPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The job whose first image fails has another still on its way: it ends once, with the error."""
+    batcher = ContinuousBatcher(pipeline, max_batch_size=1)
+    decode, calls = pipeline.decode, []
+
+    def failing(*arguments: object) -> list[Image.Image]:
+        calls.append(arguments)
+        if len(calls) == 1:
+            raise RuntimeError("out of memory")
+        return decode(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(pipeline, "decode", failing)
+    broken, other = Client(pipeline, ["two apple"] * 2), Client(pipeline, ["a red circle"])
+    for client in (broken, other):
+        batcher.submit(client.job)
+    assert isinstance(broken.wait().error, RuntimeError) and not broken.images
+    assert other.wait().error is None and same(other.images[0], pipeline(["a red circle"])[0])
+    batcher.close()
+    assert batcher.join(10)

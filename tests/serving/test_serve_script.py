@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 import pytest
 from serving_support import Server, metric, request, small_recipe
 
@@ -136,6 +137,8 @@ def test_from_ready_to_ctrl_c(server: Server, repository: Path, tmp_path: Path) 
         said = process.stdout.readline()
         watching.join()
         assert said.startswith(f"Fluid serves bundle at {url}") and early == [1.0], (said, early, errors.read_text())
+        served = [p for p in psutil.Process(process.pid).children(recursive=True) if "ServeReplica" in " ".join(p.cmdline())]
+        assert {os.sched_getscheduler(p.pid) for p in served} == {os.SCHED_BATCH}
 
         statuses, refused = [], b""
         while not refused and len(statuses) < 60:  # one more is allowed every three seconds, and they take their time
