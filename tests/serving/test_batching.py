@@ -101,29 +101,21 @@ def test_an_image_joins_a_running_batch(pipeline: FluidPipeline) -> None:
     batcher.close()
 
 
-def test_under_load_images_fall_into_step(pipeline: FluidPipeline) -> None:
+def test_under_load_images_fall_into_step(pipeline: FluidPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     """Eight places always wanted, each freed at a step of its own: they would stay apart for ever."""
-    batcher, rounds = ContinuousBatcher(pipeline, max_batch_size=8), 6
-    ended: dict[int, list[int]] = {round_: [] for round_ in range(rounds)}
-    finished = threading.Semaphore(0)
-
-    def begin(place: int, round_: int) -> None:
-        steps = 4 + place if round_ == 0 else 12
-
-        def on_end(error: BaseException | None) -> None:
-            assert error is None
-            ended[round_].append(batcher.steps)
-            begin(place, round_ + 1) if round_ + 1 < rounds else finished.release()
-
-        requests = pipeline.requests(["a red circle"], seed=place, num_steps=steps)
-        batcher.submit(Job(1, lambda: requests, lambda *_: None, on_end))
-
-    for place in range(8):
-        begin(place, 0)
-    for _ in range(8):
-        assert finished.acquire(timeout=60)
-    assert len(set(ended[0])) >= 6
-    assert len(set(ended[rounds - 1])) <= 3
+    batcher, together = ContinuousBatcher(pipeline, max_batch_size=8), []
+    plain = batcher._hand_over
+    monkeypatch.setattr(batcher, "_hand_over", lambda done: (together.append(len(done)), plain(done)))
+    gate = threading.Event()
+    clients = [Client(pipeline, ["a red circle"], seed=i, num_steps=4 + i if i < 8 else 12) for i in range(48)]
+    made = clients[0].job.make_requests
+    clients[0].job.make_requests = lambda: (gate.wait(60), made())[1]
+    for client in clients:
+        batcher.submit(client.job)
+    gate.set()
+    for client in clients:
+        assert client.wait().error is None
+    assert sum(together[:6]) <= 8 and sum(together[-3:]) >= 8, together
     batcher.close()
 
 
