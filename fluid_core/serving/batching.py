@@ -251,6 +251,7 @@ class ContinuousBatcher:
                 for running, image in zip(partial, self._decode(partial), strict=True):
                     if running.job.on_partial and not running.job.cancelled and isinstance(image, Image.Image):
                         running.job.on_partial(running.index, image, running.slot)
+            # Last: what fails above ends the group's jobs, and the decoder must not end them too.
             done = [running for running in group if running.slot.done]
             if done:
                 self._hand_over(done)
