@@ -66,7 +66,12 @@ def build_app(recipe: Recipe) -> serve.Application:
     generator = deployment(Generator).options(
         name="Generator",
         num_replicas=config.replicas,
-        ray_actor_options={"num_cpus": config.cpus_per_replica, "num_gpus": config.gpus_per_replica},
+        ray_actor_options={
+            "num_cpus": config.cpus_per_replica,
+            "num_gpus": config.gpus_per_replica,
+            # Ray starts every worker at nice 15. At 0 the model has its core; gateway and proxy share what it leaves.
+            "runtime_env": {"env_vars": {"RAY_worker_niceness": "0"}},
+        },
         **common,
     )
     gateway = deployment(GatewayDeployment).options(name="Gateway", num_replicas=1, ray_actor_options={"num_cpus": 0}, **common)
