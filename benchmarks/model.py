@@ -2,8 +2,8 @@
 
     python -m benchmarks.run model
 
-Each pair runs interleaved in this process and reports the median; on CPU it is CPU time, which other work on the machine
-disturbs least. The reference (benchmarks/reference_model.py) has the same weights and gives the same numbers: checked.
+Each pair runs interleaved in this process; the ratio is the median of the pairs' own. On CPU it is CPU time, which other work on
+the machine disturbs least. The reference (benchmarks/reference_model.py) has the same weights and gives the same numbers: checked.
 bf16 is measured where the CPU computes it; emulated, it would take hours. GPUs: benchmarks/gpu.py.
 """
 
@@ -57,13 +57,13 @@ class Case:
 CASES = (
     Case(
         "fluid-tiny", {"grid": 4, "text_width": 128, "max_text_tokens": 32}, (4, 12),
-        batch=64, first_sample=0, images=32, new_tokens=16, num_steps=12, head_steps=16, repeats=3,
+        batch=64, first_sample=0, images=32, new_tokens=16, num_steps=12, head_steps=16, repeats=7,
         t5={"d_model": 128, "d_ff": 256, "num_layers": 2, "num_heads": 4, "d_kv": 32},
         vae={"in_channels": 48, "out_channels": 48, "block_out_channels": (64, 128), "layers_per_block": 1},
     ),
     Case(  # the recipe's encoders: T5-XXL and the VAE of Stable Diffusion
         "fluid-166m", {"text_width": 4096}, (8, 40),
-        batch=8, first_sample=20, images=1, new_tokens=12, num_steps=3, head_steps=25, repeats=2,
+        batch=8, first_sample=20, images=1, new_tokens=12, num_steps=3, head_steps=25, repeats=3,
         t5={"d_model": 4096, "d_ff": 10240, "num_layers": 24, "num_heads": 64, "d_kv": 64},
         vae={"in_channels": 3, "out_channels": 3, "block_out_channels": (128, 256, 512, 512), "layers_per_block": 2},
     ),
@@ -152,11 +152,11 @@ def _training(case: Case, precision: str, t5: TextEncoder | None = None) -> Row:
             loss = reference.training_loss(model, tokens, text, mask, null, draws, rows_BN.times_RK, rows_BN.noise_RKC)
         _backward(model, loss, losses, "reference")
 
-    fast, slow = _interleaved(ours, plain, case.repeats)
+    measured = _interleaved(ours, plain, case.repeats)
     tolerance = 1e-3 if precision == "fp32" and t5 is None else 3e-2
     assert abs(losses["ours"] / losses["reference"] - 1) < tolerance, losses
     what = "training step" if t5 is None else "training step with T5 in it"
-    return _row(f"{what}, {case.name}, {precision}, batch {case.batch}", fast, slow, "s", 1.5)
+    return _row(f"{what}, {case.name}, {precision}, batch {case.batch}", *measured, "s", 1.5)
 
 
 def _backward(model: FluidModel, loss: torch.Tensor, losses: dict[str, float], name: str) -> None:
@@ -215,16 +215,16 @@ def _generation(case: Case, precision: str) -> list[Row]:
 
         module.register_forward_pre_hook(before)
         module.register_forward_hook(after)
-    fast, slow = _interleaved(ours, plain, case.repeats)
+    measured = _interleaved(ours, plain, case.repeats)
     if precision == "fp32":
         assert torch.allclose(results["ours"], results["reference"], atol=1e-3)
     with _one_thread():
         ours()  # once more: the reference calls the head too
     images = f"{case.images} image{'s' * (case.images > 1)}"
     what = f"{case.new_tokens} of {N} tokens in {case.num_steps} x {case.head_steps} steps, {images}"
-    rows = [_row(f"generation, {case.name}, {precision}, {what}", fast, slow, "s", 3.0)]
+    rows = [_row(f"generation, {case.name}, {precision}, {what}", *measured, "s", 3.0)]
     for name, seconds in parts.items():
-        rows.append(_row(f"part of it: {name}, {case.name}, {precision}", 1000 * seconds, None, "ms", None))
+        rows.append(_row(f"part of it: {name}, {case.name}, {precision}", 1000 * seconds, None, None, "ms", None))
     return rows
 
 
@@ -266,13 +266,14 @@ def _parts(case: Case, precisions: tuple[str, ...]) -> list[Row]:
                     f"part of a training step: {name}, {case.name}, {precision}, batch {case.batch}",
                     1000 * seconds,
                     None,
+                    None,
                     "ms",
                     None,
                 )
             )
     draw = statistics.median(_seconds(lambda: draw_training(config, keys, N)) for _ in range(case.repeats))
     result.append(
-        _row(f"part of a training step: random draws, {case.name}, batch {case.batch}", 1000 * draw, None, "ms", None)
+        _row(f"part of a training step: random draws, {case.name}, batch {case.batch}", 1000 * draw, None, None, "ms", None)
     )
     return result
 
@@ -290,8 +291,9 @@ def _attention(tokens: int, precision: str) -> Row:
     def fused() -> None:
         F.scaled_dot_product_attention(*qkv).sum().backward()
 
-    ours, reference = _interleaved(plain, fused, 7)
-    return _row(f"attention, {tokens} tokens, {precision}: matmuls against fused", 1000 * ours, 1000 * reference, "ms", None)
+    ours, reference, ratio = _interleaved(plain, fused, 7)
+    name = f"attention, {tokens} tokens, {precision}: matmuls against fused"
+    return _row(name, 1000 * ours, 1000 * reference, ratio, "ms", None)
 
 
 def _encoders(case: Case, dtype: str) -> list[Row]:
@@ -314,21 +316,22 @@ def _encoders(case: Case, dtype: str) -> list[Row]:
     for name, run in parts.items():
         run()
         seconds = statistics.median(_seconds(run) for _ in range(case.repeats))
-        rows.append(_row(f"part of an image: {name}, {case.name}", 1000 * seconds, None, "ms", None))
+        rows.append(_row(f"part of an image: {name}, {case.name}", 1000 * seconds, None, None, "ms", None))
     return rows
 
 
-def _row(name: str, ours: float, slow: float | None, unit: str, target: float | None) -> Row:
-    ratio = None if slow is None else round(slow / ours, 2)
-    plain = None if slow is None else round(slow, 4)
+def _row(name: str, ours: float, slow: float | None, ratio: float | None, unit: str, target: float | None) -> Row:
+    plain, ratio = slow and round(slow, 4), ratio and round(ratio, 2)
     return {"name": name, "ours": round(ours, 4), "reference": plain, "ratio": ratio, "unit": unit, "target": target}
 
 
-def _interleaved(ours: Callable[[], None], plain: Callable[[], None], repeats: int) -> tuple[float, float]:
+def _interleaved(ours: Callable[[], None], plain: Callable[[], None], repeats: int) -> tuple[float, float, float]:
+    """Median seconds of both, and the median of the pairs' ratios, which the machine's drift touches least."""
     with _one_thread():
         ours(), plain()
         pairs = [(_seconds(ours), _seconds(plain)) for _ in range(repeats)]
-    return statistics.median(a for a, _ in pairs), statistics.median(b for _, b in pairs)
+    fast, slow = zip(*pairs, strict=True)
+    return statistics.median(fast), statistics.median(slow), statistics.median(b / a for a, b in pairs)
 
 
 def _seconds(run: Callable[[], Any]) -> float:
