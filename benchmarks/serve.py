@@ -64,7 +64,8 @@ def rows() -> list[Row]:
 
 
 def _throughput(name: str, pipeline: FluidPipeline, url: str, client: httpx.Client, each: int, batch: int, rounds: int) -> Row:
-    """Saturation: more images waiting than there are places in the batch. Filling and emptying the server is not counted."""
+    """Saturation: more images waiting than there are places in the batch. The first two batches, in which requests that come one by
+    one fall into step, and the last, which empties the server, are not counted."""
     prompts = [PROMPTS[i % len(PROMPTS)] for i in range(6 * batch)]
 
     def offline(seed: int) -> float:
@@ -75,7 +76,7 @@ def _throughput(name: str, pipeline: FluidPipeline, url: str, client: httpx.Clie
     def served(pool: ThreadPoolExecutor, seed: int) -> float:
         bodies = [{"prompt": prompts[i], "seed": seed + i, "n": each} for i in range(0, len(prompts), each)]
         ends = sorted(pool.map(lambda body: _ask(client, url, body), bodies))
-        return 3 * batch / (ends[4 * batch // each] - ends[batch // each])
+        return 3 * batch / (ends[5 * batch // each] - ends[2 * batch // each])
 
     ours, references = [], []
     with ThreadPoolExecutor(3 * batch // each) as pool:
