@@ -12,6 +12,7 @@ import statistics
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -78,41 +79,40 @@ def _throughput(name: str, pipeline: FluidPipeline, url: str, client: httpx.Clie
         ends = sorted(pool.map(lambda body: _ask(client, url, body), bodies))
         return 3 * batch / (ends[5 * batch // each] - ends[2 * batch // each])
 
-    ours, references = [], []
     with ThreadPoolExecutor(3 * batch // each) as pool:
-        served(pool, 0)
-        before = offline(0)
-        for round_ in range(1, rounds + 1):
-            ours.append(served(pool, round_ * 1000))
-            after = offline(round_ * 1000)
-            references.append((before + after) / 2)
-            before = after
+        ours, references = _paired(lambda seed: served(pool, seed), offline, rounds)
     ratio = statistics.median(a / b for a, b in zip(ours, references, strict=True))
     name = f"serving throughput, batch {batch}, {name}"
     return _row(name, statistics.median(ours), statistics.median(references), ratio, "images/s", ">= 0.95 x offline")
 
 
+def _paired(served: Callable[[int], float], offline: Callable[[int], float], rounds: int) -> tuple[list[float], list[float]]:
+    """The served figures, and for each the mean of the offline ones before and after it. The first of each warms up."""
+    served(0)
+    offline(0)
+    ours, references = [], []
+    before = offline(1000)
+    for seed in range(1000, 1000 * (rounds + 1), 1000):
+        ours.append(served(seed))
+        after = offline(seed)
+        references.append((before + after) / 2)
+        before = after
+    return ours, references
+
+
 def _latency(pipeline: FluidPipeline, url: str, client: httpx.Client) -> list[Row]:
     """One request at a time, each compared with the offline ones before and after it. The difference counts, not the ratio."""
 
-    def offline(i: int) -> float:
+    def offline(seed: int) -> float:
         started = time.monotonic()
-        pipeline([PROMPTS[i % len(PROMPTS)]], seed=i)
+        pipeline(PROMPTS[:1], seed=seed)
         return 1000 * (time.monotonic() - started)
 
-    def served(i: int) -> float:
+    def served(seed: int) -> float:
         started = time.monotonic()
-        return 1000 * (_ask(client, url, {"prompt": PROMPTS[i % len(PROMPTS)], "seed": i}) - started)
+        return 1000 * (_ask(client, url, {"prompt": PROMPTS[0], "seed": seed}) - started)
 
-    for i in range(3):
-        served(i)
-        before = offline(i)
-    ours, references = [], []
-    for i in range(3, ALONE + 3):
-        ours.append(served(i))
-        after = offline(i)
-        references.append((before + after) / 2)
-        before = after
+    ours, references = _paired(served, offline, ALONE)
     latency, reference = statistics.median(ours), statistics.median(references)
     added = statistics.median(a - b for a, b in zip(ours, references, strict=True))
     return [

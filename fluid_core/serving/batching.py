@@ -150,21 +150,24 @@ class ContinuousBatcher:
     def _work(self) -> None:
         while True:
             with self._changed:
-                while not (self._running or self._starting or self._stopping or any(self._waiting.values())):
+                while self._idle() and not self._stopping:
                     self._turn_started = None
                     self._changed.wait()
-                if self._stopping and not (self._running or self._starting or any(self._waiting.values())):
+                if self._idle():
                     break
             self._turn_started = time.monotonic()
             self._drop_dead()
             self._admit()
             for group in self._groups():
                 self._step(group)
-            if not (self._running or self._starting or any(self._waiting.values())):
+            if self._idle():
                 self._await_decoder()
         self._turn_started = None
         self._decoder.shutdown()
         del self.pipeline
+
+    def _idle(self) -> bool:
+        return not (self._running or self._starting or any(self._waiting.values()))
 
     def _drop_dead(self) -> None:
         """At a step boundary: forget jobs whose client left or whose deadline passed, wherever they are."""
