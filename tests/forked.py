@@ -7,6 +7,7 @@ longer than what is tested. That the pipelines start as users start them is for 
 """
 
 import atexit
+import faulthandler
 import multiprocessing
 import os
 import runpy
@@ -92,8 +93,14 @@ class Program:
         return self.log.read_text()
 
     def end(self, timeout: float = 500) -> tuple[int, str]:
-        """(exit status, output) when it has ended."""
-        return self.wait(timeout), self.output()
+        """(exit status, output) when it has ended. One that does not end is killed, and the error has its output and its threads' stacks."""
+        try:
+            return self.wait(timeout), self.output()
+        except subprocess.TimeoutExpired as error:
+            self.send_signal(signal.SIGUSR2)
+            time.sleep(1)
+            self.kill()
+            raise AssertionError(f"not ended after {timeout:.0f} s: {self.output()[-6000:]}") from error
 
 
 def _run(command: list[str], log: str, environment: dict[str, str], folder: str, new_session: bool) -> None:
@@ -103,6 +110,7 @@ def _run(command: list[str], log: str, environment: dict[str, str], folder: str,
     os.dup2(out, 1)
     os.dup2(out, 2)
     os.close(out)
+    faulthandler.register(signal.SIGUSR2, file=2)
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(folder)

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-import socket
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import torch
 import yaml
 from forked import Program
 from safetensors.torch import save_file
+from torch.distributed import TCPStore
 
 from fluid_core.config import Recipe, load_recipe
 from fluid_core.encoders.text import TextEncoder
@@ -162,12 +162,9 @@ torch.distributed.destroy_process_group()
 
 def as_torchrun() -> dict[str, str]:
     """The environment in which torchrun starts its only process: driver and worker in one, without Ray."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     return os.environ | {
         "TORCHELASTIC_RUN_ID": "test", "TORCHELASTIC_RESTART_COUNT": "0", "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1",
-        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "DS_ACCELERATOR": "cpu",
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "DS_ACCELERATOR": "cpu",
     }  # fmt: skip
 
 
@@ -179,25 +176,34 @@ def start_workers(recipe: Recipe, patch: str = "", resume: bool = True, fingerpr
         "run_dir": str(recipe.training_dir), "fingerprint": fingerprint, "tracking_uri": recipe.registry.tracking_uri, "resume": resume,
     }  # fmt: skip
     job = json.dumps({"recipe": recipe.model_dump(mode="json"), "settings": settings})
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    # Rank 0 would open the store on a port that was free a moment ago. Where another test took it meanwhile, rank 0 fails and the
+    # others wait for it; so the store is here, and all are its clients, as under torchrun.
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     Path(recipe.runs_dir).mkdir(parents=True, exist_ok=True)
     workers = []
     for rank in range(recipe.training.workers):
         environment = os.environ | {
             "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(recipe.training.workers), "LOCAL_SIZE": "1",
-            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1",
+            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True",
+            "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1",
         }  # fmt: skip
         log = Path(tempfile.mkstemp(suffix=".log", dir=recipe.runs_dir)[1])
         workers.append(Program(["-c", code, job], log, environment))
+        workers[-1].store = store  # as long as the workers
     return workers
 
 
 def run_workers(recipe: Recipe, patch: str = "", resume: bool = True, ok: bool = True) -> str:
     """Start, wait, and return what they printed. With `ok` every worker must end well."""
     workers = start_workers(recipe, patch, resume)
-    out = "".join(worker.end()[1] for worker in workers)
+    try:
+        out = "".join(worker.end()[1] for worker in workers)
+    except AssertionError:  # one hangs: pytest shows what the others said
+        print(*(worker.output()[-3000:] for worker in workers), sep="\n")
+        raise
+    finally:
+        for worker in workers:
+            worker.kill()
     if ok:
         assert all(worker.returncode == 0 for worker in workers), out[-6000:]
     return out
