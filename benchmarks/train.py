@@ -245,7 +245,8 @@ def _alternate(optimizer: str) -> dict[str, float]:
     """Median CPU seconds of one step: the engine's, and the plain loop's on the same batches."""
     import torch
 
-    from fluid_core.model.fluid import FluidModel, hidden_matrices
+    from fluid_core.model.fluid import FluidModel
+    from fluid_core.muon import hidden_matrices
     from fluid_core.training.engine import Engine
 
     model_config, training = _recipe(optimizer)

@@ -4,7 +4,18 @@ from functools import cache
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+
+def hidden_matrices(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """The matrices inside aligner, trunk and head blocks: what Muon updates. The rest is AdamW's."""
+    inside = ((name, p) for name, p in model.named_parameters() if ".blocks." in name and name.endswith(".weight"))
+    return [(name, p) for name, p in inside if dimensions(p) == 2]
+
+
+def dimensions(parameter: nn.Parameter) -> int:
+    """Of its own shape: a parameter that DeepSpeed's ZeRO-3 takes apart is flat."""
+    return len(getattr(parameter, "ds_shape", parameter.shape))
 
 
 @cache

@@ -101,7 +101,8 @@ class Parameters:
 
 def count_parameters(model: ModelConfig, training: TrainingConfig) -> Parameters:
     """From the model itself, built without memory on the meta device."""
-    from fluid_core.model.fluid import FluidModel, hidden_matrices
+    from fluid_core.model.fluid import FluidModel
+    from fluid_core.muon import hidden_matrices
 
     with torch.device("meta"):
         built = FluidModel(model)

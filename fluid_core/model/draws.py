@@ -41,10 +41,8 @@ class TrainingDraws:
     count: int
 
     def to(self, device: torch.device | str) -> "TrainingDraws":
-        tensors = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "count"}
-        return TrainingDraws(
-            **{name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()}, count=self.count
-        )
+        names = [f.name for f in fields(self) if f.name != "count"]
+        return TrainingDraws(**{name: getattr(self, name).to(device, non_blocking=True) for name in names}, count=self.count)
 
 
 def draw_training(config: ModelConfig, keys_B: Tensor, num_tokens: int, grid: tuple[int, int] | None = None) -> TrainingDraws:

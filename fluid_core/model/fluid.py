@@ -19,7 +19,7 @@ from fluid_core.diffusion.objectives import add_noise, head_outputs, token_loss
 from fluid_core.model.aligner import TextAligner
 from fluid_core.model.draws import TrainingDraws
 from fluid_core.model.head import CodeBook, CodeHead, DiffusionHead
-from fluid_core.model.layers import Linear, padding_bias
+from fluid_core.model.layers import Linear, on_cpu, padding_bias
 from fluid_core.model.trunk import Trunk
 
 
@@ -52,11 +52,9 @@ class FluidModel(nn.Module):
         embed: Any = Linear(config.token_channels, width) if continuous else CodeBook(config.codebook_size, width)
         self.trunk = Trunk(embed, config.grid, width, config.heads, config.blocks, causal=config.order == "raster")
         if continuous:
-            outputs = head_outputs(config.objective, config.token_channels)
-            as_trunk = config.head_precision == "bf16"
-            self.head: Any = DiffusionHead(
-                width, config.head_width, config.head_blocks, config.token_channels, outputs, as_trunk
-            )
+            channels, as_trunk = config.token_channels, config.head_precision == "bf16"
+            outputs = head_outputs(config.objective, channels)
+            self.head: Any = DiffusionHead(width, config.head_width, config.head_blocks, channels, outputs, as_trunk)
         else:
             self.head = CodeHead(width)
 
@@ -84,8 +82,11 @@ class FluidModel(nn.Module):
         ragged = text_BLE.is_cuda and torch.is_autocast_enabled("cuda") and self.config.width // self.config.heads % 8 == 0
         text_TD, packing = self.aligner(text_BLE, text_mask_BL, ragged)
         text = self.trunk.text_keys_values(text_TD, packing)
-        z_BND = self.trunk(tokens, draws.mask_BN, grid, text, packing if ragged else padding_bias(text_mask_BL))
-        z_KD = z_BND.flatten(0, 1)[draws.rows_K]
+        text_hidden = packing if ragged else padding_bias(text_mask_BL)
+        # Compiled blocks want static shapes: on GPUs the last one finishes all tokens.
+        rows_K = draws.rows_K if on_cpu(tokens) else None
+        z = self.trunk(tokens, draws.mask_BN, grid, text, text_hidden, rows_K=rows_K)
+        z_KD = z.flatten(0, 1)[draws.rows_K] if rows_K is None else z
         target = tokens.flatten(0, 1)[draws.rows_K]
         loss_RK = (
             self._continuous_loss(z_KD, target, draws) if self.config.tokens == "continuous" else self._code_loss(z_KD, target)
@@ -105,7 +106,11 @@ class FluidModel(nn.Module):
         # can end up beside another token's target.
         objective, x0_KC = self.config.objective, x0_KC.float()
         x_t_RKC, steps_RK = add_noise(objective, x0_KC, draws.noise_RKC, draws.times_RK)
-        prediction = self.head(x_t_RKC, steps_RK, self.head.embed_condition(z_KD))
+        condition_KW = self.head.embed_condition(z_KD)
+        # A CPU takes one timestep after the other: its caches hold one, and each reuses the memory of the one before.
+        size = 1 if on_cpu(condition_KW) else len(x_t_RKC)
+        parts = zip(x_t_RKC.split(size), steps_RK.split(size), strict=True)
+        prediction = torch.cat([self.head(x_t, steps, condition_KW) for x_t, steps in parts])
         return token_loss(objective, prediction, x0_KC, draws.noise_RKC, x_t_RKC, draws.times_RK)
 
     def _code_loss(self, z_KD: Tensor, codes_K: Tensor) -> Tensor:
@@ -145,15 +150,3 @@ def drop_captions(text_BLE: Tensor, mask_BL: Tensor, null_LE: Tensor, drop_B: Te
     padded_LE = F.pad(null_LE.to(text_BLE.dtype), (0, 0, 0, text_BLE.shape[1] - length))
     valid_L = torch.arange(text_BLE.shape[1], device=mask_BL.device) < length
     return torch.where(drop_B[:, None, None], padded_LE, text_BLE), torch.where(drop_B[:, None], valid_L, mask_BL)
-
-
-def hidden_matrices(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    """The matrices inside aligner, trunk and head blocks: what Muon updates. The rest is AdamW's."""
-    return [
-        (name, p) for name, p in model.named_parameters() if ".blocks." in name and name.endswith(".weight") and _ndim(p) == 2
-    ]
-
-
-def _ndim(parameter: nn.Parameter) -> int:
-    # Under DeepSpeed's ZeRO-3 a parameter that is taken apart is flat; `ds_shape` is its own shape.
-    return len(getattr(parameter, "ds_shape", parameter.shape))

@@ -130,4 +130,4 @@ class CodeHead(nn.Module):
         self.norm = nn.LayerNorm(trunk_width, eps=1e-6)
 
     def forward(self, z_KD: Tensor) -> Tensor:
-        return self.norm(F.gelu(self.dense(z_KD), approximate="tanh"))
+        return self.norm(F.gelu(self.dense(z_KD)))

@@ -27,6 +27,11 @@ class Linear(nn.Linear):
             nn.init.zeros_(self.bias)
 
 
+def on_cpu(x: Tensor) -> bool:
+    """False for the planner's tensors too: they are on no device and stand for a GPU's."""
+    return x.device.type == "cpu" and not isinstance(x, FakeTensor)
+
+
 class LayerNorm(nn.LayerNorm):
     def __init__(self, width: int):
         super().__init__(width, eps=1e-6)
@@ -38,9 +43,7 @@ def attend(q_BHNd: Tensor, k_BHMd: Tensor, v_BHMd: Tensor, bias: Tensor | None =
     `bias`: additive, broadcasts to (B, H, N, M); -inf hides a key. This is the only place that chooses a kernel: the fused
     one, or plain matmuls for few keys on CPU.
     """
-    # The planner's tensors are on no device: in bf16 they stand for a GPU's, which takes the fused kernel.
-    dtype = torch.float32 if isinstance(k_BHMd, FakeTensor) else k_BHMd.dtype
-    if q_BHNd.device.type == "cpu" and k_BHMd.shape[2] <= _EXPLICIT_MAX_KEYS.get(dtype, 0):
+    if on_cpu(q_BHNd) and k_BHMd.shape[2] <= _EXPLICIT_MAX_KEYS.get(k_BHMd.dtype, 0):
         logits_BHNM = torch.matmul(q_BHNd * (1.0 / math.sqrt(q_BHNd.shape[-1])), k_BHMd.transpose(-1, -2))
         if bias is not None:
             logits_BHNM = logits_BHNM + bias.to(logits_BHNM.dtype)
@@ -196,4 +199,4 @@ class MLP(nn.Module):
         self.down = Linear(4 * width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down(F.gelu(self.up(x), approximate="tanh"))
+        return self.down(F.gelu(self.up(x)))

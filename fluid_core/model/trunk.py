@@ -36,12 +36,15 @@ class TrunkBlock(nn.Module):
         self_bias: Tensor | None,
         cache: Cache | None = None,
         places_BP: Tensor | None = None,
+        rows_K: Tensor | None = None,
     ) -> Tensor:
-        """(B, N, D); with `places_BP` only those places, (B, P, D): the last block need not finish what nobody reads."""
+        """(B, N, D). The last block need not finish what nobody reads: with `places_BP` only those places, (B, P, D), or with
+        `rows_K` only those rows of all B * N, (K, D)."""
         attended = self.attention(self.norm1(x_BND), self_bias, cache, places_BP)
         x_BND = attended + (x_BND if places_BP is None else x_BND.take_along_dim(places_BP[..., None], dim=1))
         x_BND = x_BND + self.cross(self.norm2(x_BND), text, text_hidden)
-        return x_BND + self.mlp(self.norm3(x_BND))
+        x = x_BND if rows_K is None else x_BND.flatten(0, 1)[rows_K]
+        return x + self.mlp(self.norm3(x))
 
 
 class Trunk(nn.Module):
@@ -72,8 +75,10 @@ class Trunk(nn.Module):
         text: TextKeysValues,
         text_hidden: Tensor | Packing | None,
         places_BP: Tensor | None = None,
+        rows_K: Tensor | None = None,
     ) -> Tensor:
-        """z (B, N, D) from token values (B, N, C) or codes (B, N); with `places_BP` only of those places, (B, P, D).
+        """z (B, N, D) from token values (B, N, C) or codes (B, N); with `places_BP` only of those places, (B, P, D), or with
+        `rows_K` only of those rows of all B * N, (K, D).
 
         `hidden_BN`: True for tokens that the trunk must not see; in raster order causality alone decides that.
         `text_hidden`: the bias that hides the text's padding, or the ragged packing of the keys and values.
@@ -90,12 +95,14 @@ class Trunk(nn.Module):
             x_BND = x_BND.to(torch.get_autocast_dtype(x_BND.device.type))
         last = len(self.blocks) - 1
         for i, (block, keys_values) in enumerate(zip(self.blocks, text, strict=True)):
-            places = places_BP if i == last else None
+            wanted = (places_BP, rows_K) if i == last else (None, None)
             if self.activation_checkpointing and torch.is_grad_enabled():
-                x_BND = checkpoint(block, x_BND, keys_values, text_hidden, bias, None, places, use_reentrant=False)
+                x_BND = checkpoint(block, x_BND, keys_values, text_hidden, bias, None, *wanted, use_reentrant=False)
             else:
-                x_BND = block(x_BND, keys_values, text_hidden, bias, None, places)
+                x_BND = block(x_BND, keys_values, text_hidden, bias, None, *wanted)
         positions = self.head_positions(grid)
+        if rows_K is not None:
+            places_BP = rows_K % len(positions)
         return self.norm_out(x_BND) + (positions if places_BP is None else positions[places_BP])
 
     def embed_tokens(self, tokens: Tensor, hidden_BN: Tensor) -> Tensor:

@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from fluid_core.config import ModelConfig, TrainingConfig
-from fluid_core.model.fluid import FluidModel, hidden_matrices
+from fluid_core.model.fluid import FluidModel
+from fluid_core.muon import dimensions, hidden_matrices
 from fluid_core.planning import BUCKET, PERSISTENT_MODEL, PREFETCH, SUB_GROUP
 from fluid_core.precision import uses_bf16
 from fluid_core.training.optimizer import FluidOptimizer
@@ -44,8 +45,7 @@ def parameter_groups(model: nn.Module, training: TrainingConfig) -> list[dict[st
     members: dict[tuple[str, str, bool], list[tuple[str, nn.Parameter]]] = {}
     for name, p in model.named_parameters():
         head = name.startswith("head.")
-        dimensions = len(getattr(p, "ds_shape", p.shape))
-        decays = not head and dimensions > 1 and not any(word in name for word in ("embed", "position", "mask_token"))
+        decays = not head and dimensions(p) > 1 and not any(word in name for word in ("embed", "position", "mask_token"))
         kind = "muon" if name in matrices else "adamw"
         members.setdefault((kind, "head" if head else "trunk", decays), []).append((name, p))
     return [

@@ -11,7 +11,8 @@ from tiny_fluid import TEXT_TOKENS, TEXT_WIDTH, padded, texts, tiny_config, tiny
 from fluid_core.commands.presets import preset_rows
 from fluid_core.config import PRESETS
 from fluid_core.model.draws import draw_training
-from fluid_core.model.fluid import FluidModel, drop_captions, hidden_matrices
+from fluid_core.model.fluid import FluidModel, drop_captions
+from fluid_core.muon import hidden_matrices
 from fluid_core.random import sample_keys
 
 VARIANTS = [(tokens, order) for tokens in ("continuous", "discrete") for order in ("random", "raster")]

@@ -1,6 +1,7 @@
 """The diffusion head: its start at zero, its precision, which tokens it sees, and how timesteps pair with tokens."""
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from torch import nn
 
 from fluid_core.diffusion.objectives import add_noise, token_loss
 from fluid_core.diffusion.solvers import SOLVERS, solve
+from fluid_core.model import fluid
 from fluid_core.model.draws import draw_training
 from fluid_core.model.fluid import FluidModel
 from fluid_core.random import sample_keys
@@ -60,10 +62,11 @@ def test_masked_only_loss_is_the_loss_of_all_tokens_then_masked(objective: str) 
     result = model(tokens, text, mask, null, draws)
 
     everything = draw_training(tiny_config(objective=objective, timesteps_per_token=3, order="raster"), keys, 16)
-    seen: list[torch.Tensor] = []
-    hook = model.trunk.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    seen: list[tuple[Any, ...]] = []
+    hook = model.trunk.register_forward_pre_hook(lambda module, inputs: seen.append(inputs))
     model(tokens, text, mask, null, draws)
     hook.remove()
+    z_BND = model.trunk(*seen[0])  # of every token
     total = torch.zeros(())
     for b in range(6):  # token by token, timestep by timestep: no repeats, no reshapes
         for n in range(16):
@@ -73,10 +76,38 @@ def test_masked_only_loss_is_the_loss_of_all_tokens_then_masked(objective: str) 
                 row = b * 16 + n
                 time, noise = everything.times_RK[r, row], everything.noise_RKC[r, row]
                 x_t, step = add_noise(objective, tokens[b, n], noise, time)
-                out = model.head(x_t[None, None], step.reshape(1, 1), model.head.embed_condition(seen[0][b, n][None]))
+                out = model.head(x_t[None, None], step.reshape(1, 1), model.head.embed_condition(z_BND[b, n][None]))
                 total = total + token_loss(objective, out[0, 0], tokens[b, n], noise, x_t, time) / 3
     assert torch.allclose(result.loss_sum, total, rtol=1e-4)
     assert result.count == int(draws.mask_BN.sum())
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize(
+    "settings", [{}, {"objective": "eps"}, {"order": "raster"}, {"tokens": "discrete"}, {"masked_tokens_per_image": 4}]
+)
+def test_what_a_cpu_skips_changes_nothing(settings: Any, checkpointing: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On CPU the last block finishes only what the head reads, and the head takes one timestep at a time; on GPUs neither."""
+    model = tiny_model(**settings)
+    model.trunk.activation_checkpointing = checkpointing
+    tokens, text, mask, null = batch()
+    if model.config.tokens == "discrete":
+        tokens = torch.randint(0, 24, (6, 16))
+    draws = draw_training(model.config, sample_keys(3, torch.arange(6)), 16)
+    rows: list[int] = []
+    model.trunk.blocks[-1].mlp.register_forward_pre_hook(lambda module, inputs: rows.append(inputs[0].numel() // 32))
+
+    def run(on_cpu: bool) -> list[torch.Tensor]:
+        monkeypatch.setattr(fluid, "on_cpu", lambda x: on_cpu)
+        model.zero_grad()
+        loss = model(tokens, text, mask, null, draws)
+        (loss.loss_sum / loss.count).backward()
+        grads = [p.grad for p in model.parameters() if p.grad is not None]
+        return [loss.loss_sum.detach(), loss.per_token, *(grad.clone() for grad in grads)]
+
+    for skipping, whole in zip(run(True), run(False), strict=True):
+        torch.testing.assert_close(skipping, whole, atol=1e-5, rtol=1e-4)
+    assert {rows[0], rows[-1]} == {len(draws.rows_K), 6 * 16}
 
 
 def test_loss_is_per_token_of_the_global_batch() -> None:

@@ -18,8 +18,8 @@ from torch import Tensor
 from fluid_core.cli import main
 from fluid_core.config import Recipe
 from fluid_core.latents.reader import EncodedDataset
-from fluid_core.model.fluid import FluidModel, hidden_matrices
-from fluid_core.muon import orthogonalise
+from fluid_core.model.fluid import FluidModel
+from fluid_core.muon import hidden_matrices, orthogonalise
 from fluid_core.training.checkpoint import latest_complete, list_checkpoints, load_ema_state, pin
 from fluid_core.training.ema import ema_decay
 from fluid_core.training.loader import Loader, Slicing

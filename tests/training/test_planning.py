@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fluid_core.cli import main
 from fluid_core.config import PRESETS, ModelConfig, TrainingConfig, load_recipe
+from fluid_core.model import fluid
 from fluid_core.model.draws import draw_training
 from fluid_core.model.fluid import FluidModel
 from fluid_core.planning import (
@@ -42,7 +43,10 @@ def _batch(model: ModelConfig, size: int) -> tuple[torch.Tensor, ...]:
 
 
 @pytest.mark.parametrize("change", [{}, {"objective": "eps"}, {"tokens": "discrete"}, {"order": "raster"}])
-def test_analytic_flops_are_those_that_torch_counts(tmp_path: Path, change: dict[str, str]) -> None:
+def test_analytic_flops_are_those_that_torch_counts(
+    tmp_path: Path, change: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fluid, "on_cpu", lambda x: False)  # what a GPU computes
     model = small_recipe(tmp_path).model.model_copy(update=change)
     built = FluidModel(model)
     batch = _batch(model, 8)
@@ -52,8 +56,9 @@ def test_analytic_flops_are_those_that_torch_counts(tmp_path: Path, change: dict
     assert counter.get_total_flops() / 8 == pytest.approx(forward_flops(model, masked_tokens=masked), rel=0.01)
 
 
-def test_training_is_three_forwards(tmp_path: Path) -> None:
+def test_training_is_three_forwards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """But for the gradients of the inputs, which nobody asks for: 3% at width 128, less in wider models."""
+    monkeypatch.setattr(fluid, "on_cpu", lambda x: False)
     model = small_recipe(tmp_path).model.model_copy(update={"width": 128, "text_width": 128, "masked_tokens_per_image": 10})
     built, batch = FluidModel(model), _batch(model, 8)
     with FlopCounterMode(display=False) as counter:
