@@ -1,6 +1,6 @@
 """Images from prompts, with a model folder or a registered model.
 
-fluid generate "a red apple" --model runs/demo/bundles/latest -n 4 --seed 0 -o out/ [--reveal out.gif]
+fluid generate "red apple" --model runs/demo/bundles/latest -n 4 --seed 0 -o out/ [--reveal out.gif]
 """
 
 import argparse

@@ -280,7 +280,7 @@ def where_to_look(recipe: Recipe, config: str) -> str:
         "scores": str(recipe.run_dir / "summary.json"),
         "MLflow": mlflow,
         "server": f"{python} pipelines/serve.py --config {config}   then http://{host}:{recipe.serving.port}/",
-        "one image": f'{scripts}/fluid generate "a red apple" --model models:/{recipe.registry.model_name}@champion -o out/',
+        "one image": f'{scripts}/fluid generate "red apple" --model models:/{recipe.registry.model_name}@champion -o out/',
     }
     return "\n".join(f"  {name:<10} {text}" for name, text in lines.items())
 
