@@ -55,7 +55,7 @@ def experiment_id(client: "MlflowClient", name: str) -> str:
     if found is None:
         try:
             root = artifact_root(client.tracking_uri)
-            # Without it MLflow shows the runs as evaluations of a language model, among traces and judges.
+            # By it a page without the Model training switch shows runs as such, and not as evaluations of a language model.
             kind = {"mlflow.experimentKind": "custom_model_development"}
             return client.create_experiment(name, artifact_location=f"{root}/{name}" if root else None, tags=kind)
         except MlflowException:

@@ -186,14 +186,20 @@ def _training(recipe: Recipe) -> str:
     for name, title in (("validation_loss", "validation"), ("validation_loss_ema", "validation, EMA weights")):
         if series(name, validation)[0]:
             curves[title] = series(name, validation)
-    charts = [("Loss", line_chart(curves, "step", "loss", log=min(loss) > 0))]
+    charts = [("Loss", line_chart(curves, "step", "loss", log=min(loss) > 0) + _joins(recipe))]
     for name, title in (("grad_norm", "Gradient norm"), ("images_per_second", "Images a second")):
         xs, ys = series(name)
         if xs:
             charts.append((title, line_chart({name: (xs, smooth(ys, max(1, len(ys) // 50)))}, "step", title.lower())))
-    grids = sorted((recipe.training_dir / "samples").glob("*.png"), key=lambda path: path.stem.rpartition("_")[2])
-    while_training = "".join(_wide(path, f"samples while training: {path.stem.replace('_', ', step ')}") for path in grids[-4:])
+    grids = sorted((recipe.training_dir / "samples").glob("ema_*.png"))
+    while_training = "".join(_wide(path, f"samples at step {int(path.stem.rpartition('_')[2])}") for path in grids[-4:])
     return "<h2>Training</h2>" + "".join(f"<h3>{title}</h3>{svg}" for title, svg in charts) + while_training
+
+
+def _joins(recipe: Recipe) -> str:
+    """Why the training loss may jump: which data joins the mixture later than the rest."""
+    later = [f"{data.source or data.path} from step {data.from_step}" for data in recipe.training.datasets if data.from_step]
+    return f'<p class="faint">Joins later, so that the training loss jumps: {_text(", ".join(later))}.</p>' if later else ""
 
 
 def _evaluation(recipe: Recipe) -> str:

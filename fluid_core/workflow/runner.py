@@ -271,7 +271,9 @@ def where_to_look(recipe: Recipe, config: str) -> str:
     scripts = str(Path(python).parent)
     host = "127.0.0.1" if recipe.serving.host == "0.0.0.0" else recipe.serving.host
     uri = recipe.registry.tracking_uri
-    mlflow = f"{scripts}/mlflow ui --backend-store-uri {uri}   then http://127.0.0.1:5000" if uri.startswith("sqlite") else uri
+    mlflow = uri
+    if uri.startswith("sqlite"):
+        mlflow = f"{scripts}/mlflow ui --backend-store-uri {uri}   then http://127.0.0.1:5000, Model training (top left)"
     if uri != RegistryConfig().tracking_uri:
         scripts = f"MLFLOW_TRACKING_URI={uri} {scripts}"
     lines = {
