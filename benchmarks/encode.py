@@ -30,7 +30,8 @@ from fluid_core.data.shard_writer import ShardSample, write_shards
 from fluid_core.encoders.stand_in import count_words, create_stand_in_t5
 from fluid_core.encoding.chunks import DecodedChunk
 from fluid_core.encoding.committer import Committer
-from fluid_core.encoding.operators import Encode, ReadDecode
+from fluid_core.encoding.encode import Encode
+from fluid_core.encoding.read_decode import ReadDecode
 from fluid_core.encoding.run import prepare_output
 from fluid_core.encoding.settings import resolve_settings
 from fluid_core.latents.manifest import Manifest, Shard

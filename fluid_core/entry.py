@@ -145,6 +145,9 @@ def _start_local_ray(**options: Any) -> None:
 
     # Serve kills an HTTP proxy that takes longer than 5 s to start and gives up: a busy laptop takes longer.
     os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "60")
+    # Workers' logs are not sent to the driver: Ray's log monitor need not look for new ones ten times a second.
+    os.environ.setdefault("RAY_LOG_MONITOR_MANY_FILES_THRESHOLD", "0")
+    os.environ.setdefault("LOG_NAME_UPDATE_INTERVAL_S", "3600")
     for attempt in range(3):
         try:
             ray.init(address="local", **options)

@@ -24,6 +24,8 @@ os.environ.update(
     RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO="0",
     # Ray Train looks every 2 s whether its workers live or are done: longer than the tests' runs take.
     RAY_TRAIN_HEALTH_CHECK_INTERVAL_S="0.5",
+    # One process less a run; the test of a notice of preemption has it.
+    RAY_TRAIN_ENABLE_PREEMPTION_WATCHER="0",
     MLFLOW_DISABLE_TELEMETRY="true",
 )
 

@@ -27,7 +27,8 @@ from fluid_core.data.storage import open_storage
 from fluid_core.encoding.chunks import DecodedChunk
 from fluid_core.encoding.committer import Committer
 from fluid_core.encoding.duplicates import HashShards, find_duplicates
-from fluid_core.encoding.operators import Encode, ReadDecode
+from fluid_core.encoding.encode import Encode
+from fluid_core.encoding.read_decode import ReadDecode
 from fluid_core.encoding.run import finish_output, prepare_output
 from fluid_core.encoding.settings import resolve_settings
 from fluid_core.latents.manifest import Manifest

@@ -17,7 +17,7 @@ from fluid_core.data.filters import count_reasons
 from fluid_core.data.storage import Storage, TransientError, open_storage
 from fluid_core.encoding.chunks import Dropped, EncodedChunk
 from fluid_core.encoding.ledger import Ledger, ShardRecord
-from fluid_core.encoding.operators import freeze_imports
+from fluid_core.encoding.read_decode import freeze_imports
 from fluid_core.encoding.scratch import no_space, scratch_folder
 from fluid_core.encoding.settings import EncodeSettings
 from fluid_core.encoding.statistics import Histograms, LatentStatistics

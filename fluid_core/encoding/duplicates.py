@@ -27,7 +27,6 @@ from fluid_core.data.storage import Storage, TransientError, absolute, open_stor
 from fluid_core.encoding.ledger import Ledger
 from fluid_core.encoding.scratch import no_space, scratch_folder
 from fluid_core.encoding.settings import EncodeSettings
-from fluid_core.latents.reader import EncodedDataset
 
 HASHES = np.dtype([("high", "<u8"), ("low", "<u8"), ("position", "<i8")])
 PART_RECORDS = 50_000_000
@@ -142,6 +141,8 @@ def _read(storage: Storage, name: str, dtype: np.dtype[Any]) -> Records:
 
 def _known_hashes(root: str) -> Records:
     """Hashes of an encoded data set."""
+    from fluid_core.latents.reader import EncodedDataset  # imports torch
+
     dataset = EncodedDataset(root)
     hexes: list[str] = []
     for shard in tqdm(dataset.manifest.shards, desc="known hashes", unit="shard", disable=None, leave=False):

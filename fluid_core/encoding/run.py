@@ -186,7 +186,7 @@ def _run_graph(
     import ray
 
     from fluid_core.encoding.committer import Committer
-    from fluid_core.encoding.operators import auto_threads
+    from fluid_core.encoding.encode import auto_threads
 
     settings = replace(settings, threads=settings.threads or auto_threads(config.encode_workers))
     _require_resources(config)
@@ -247,7 +247,8 @@ def _reports(
     import ray
     from ray.data import ActorPoolStrategy, DataContext, TaskPoolStrategy
 
-    from fluid_core.encoding.operators import Encode, ReadDecode
+    from fluid_core.encoding.encode import Encode
+    from fluid_core.encoding.read_decode import ReadDecode
 
     on_cpu = {"num_cpus": _cpus_per_encoder(config), "runtime_env": {"env_vars": keep_freed_memory()}}
     context = DataContext.get_current()

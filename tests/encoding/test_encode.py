@@ -4,6 +4,8 @@ import io
 import json
 import pickle
 import shutil
+import subprocess
+import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -23,9 +25,10 @@ from fluid_core.data.storage import open_storage
 from fluid_core.encoders.image import ImageTokenizer
 from fluid_core.encoders.text import TextEncoder
 from fluid_core.encoding.chunks import DecodedChunk
+from fluid_core.encoding.encode import Encode
 from fluid_core.encoding.forget import forget
 from fluid_core.encoding.ledger import Ledger
-from fluid_core.encoding.operators import Encode, ReadDecode
+from fluid_core.encoding.read_decode import ReadDecode
 from fluid_core.encoding.run import claim, prepare_output
 from fluid_core.encoding.settings import encoder_folder, resolve_settings
 from fluid_core.encoding.verify import verify
@@ -396,3 +399,9 @@ def test_a_hub_repository_without_safetensors(tmp_path, monkeypatch):
     assert commit == "a" * 40 and "*.bin" in fetched
     old, new = (TextEncoder.from_pretrained(path, max_tokens=8, dtype="fp32") for path in (folder, encoders()[1]))
     assert torch.equal(old.encode(["a red circle"])[0], new.encode(["a red circle"])[0])
+
+
+def test_decode_workers_import_no_torch() -> None:
+    """It would double what each of them takes of memory, and there are many."""
+    code = "import sys, ray.data, fluid_core.encoding.read_decode; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0

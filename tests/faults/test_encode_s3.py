@@ -19,8 +19,8 @@ from fluid_core.data import plan as plan_module
 from fluid_core.data import storage as storage_module
 from fluid_core.data.plan import make_plan
 from fluid_core.data.storage import AccessError, S3Storage, TransientError, open_storage
+from fluid_core.encoding.encode import Encode
 from fluid_core.encoding.ledger import Ledger
-from fluid_core.encoding.operators import Encode
 from fluid_core.encoding.report import write_report
 from fluid_core.encoding.run import Output
 from fluid_core.encoding.verify import verify

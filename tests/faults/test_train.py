@@ -264,6 +264,7 @@ def test_a_run_survives_its_workers_its_driver_a_notice_of_preemption_and_a_stop
     ray_session: str, own_ray: str, repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("RAY_ADDRESS", own_ray)
+    monkeypatch.setenv("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "1")
     # As often as Ray can be asked: the waiting is not what is tested.
     monkeypatch.setenv("RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S", "1")
     config = write_recipe(
@@ -294,7 +295,6 @@ def test_a_run_survives_its_workers_its_driver_a_notice_of_preemption_and_a_stop
     os.kill(workers()[0], signal.SIGKILL)
     status, out = _Driver(repository, config).end()
     assert status == 2 and "another process is training" in out, out
-    os.kill(workers()[1], signal.SIGKILL)
     # A worker that stands still: the other one waits for it, its watchdog says so and ends it.
     stopped_worker = workers()[1]
     os.kill(stopped_worker, signal.SIGSTOP)
