@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from fluid_core.config import Recipe, load_recipe
+from fluid_core.config.training import MixtureItem
 from fluid_core.workflow.charts import line_chart, smooth
 from fluid_core.workflow.report import build_report
 from fluid_core.workflow.runner import STAGES
@@ -65,4 +66,19 @@ def test_what_was_written_is_shown_and_escaped(recipe: Recipe) -> None:
     page = report(recipe)
     assert "<script>" not in page and "&lt;script&gt;" in page and "Shapes &amp; more" in page
     assert 'class="wrong"' in page and "at least 0.95" in page and "0.93 to 0.98" in page and "0.96" in page
-    assert page.count("<svg") == 2
+    assert page.count("<svg") == 2 and "Joins later" not in page
+
+
+def test_training_shows_the_averaged_weights_pictures_and_what_joined_later(recipe: Recipe) -> None:
+    (recipe.training_dir / "metrics.jsonl").write_text('{"step": 1, "loss": 1.0}\n')
+    samples = recipe.training_dir / "samples"
+    samples.mkdir()
+    for name in ("ema_00000004", "raw_00000004", "ema_00000012", "raw_00000012"):
+        Image.new("RGB", (8, 8)).save(samples / f"{name}.png")
+    recipe.training.datasets = [
+        MixtureItem(path=recipe.encode.output, source="*shapes*"),
+        MixtureItem(path=recipe.encode.output, source="*openmoji*", from_step=7),
+    ]
+    page = report(recipe)
+    assert page.count("samples at step") == 4 and "samples at step 4<" in page and "samples at step 12<" in page
+    assert "the training loss jumps: *openmoji* from step 7." in page
