@@ -1,7 +1,6 @@
 """The second heavy operator: VAE and T5, as actors that hold both."""
 
 import json
-import os
 from typing import Any
 
 import numpy as np
@@ -136,7 +135,3 @@ class Encode:
                 restored = unpack_embedding(packed[caption], width, "int8").float()
                 cosines.extend(torch.nn.functional.cosine_similarity(restored, state.float(), dim=1).tolist())
         return tokens, [[packed[caption] for caption in several] for several in captions], number_cut, cosines
-
-
-def auto_threads(workers: int) -> int:
-    return max(1, (os.cpu_count() or 1) // workers)

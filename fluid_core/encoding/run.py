@@ -186,9 +186,8 @@ def _run_graph(
     import ray
 
     from fluid_core.encoding.committer import Committer
-    from fluid_core.encoding.encode import auto_threads
 
-    settings = replace(settings, threads=settings.threads or auto_threads(config.encode_workers))
+    settings = replace(settings, threads=settings.threads or max(1, (os.cpu_count() or 1) // config.encode_workers))
     _require_resources(config)
     _quiet_ray_data()
     # A committer that dies comes back empty: its open shards are encoded again in the next pass.
